@@ -1,0 +1,1 @@
+"""Export: the torch model as ONNX graphs, quantised graphs, engines and bundles."""

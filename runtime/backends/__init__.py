@@ -1,0 +1,1 @@
+"""The ways to run a model; each is imported only when it is chosen."""

@@ -1,0 +1,242 @@
+"""Find the parts of a checkpoint: a diffusers folder, single files, or a mix; no torch needed."""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from .config import ClipConfig, T5Config, TransformerConfig, VaeConfig
+from .errors import CheckpointError
+from .layouts import Locate, diffusers_transformer, diffusers_vae, identity
+from .schedule import SchedulerConfig
+from .weights import WeightIndex, find_files, read_headers, read_json
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class Component(Generic[Config]):
+    """One network of the checkpoint: its weights, its shape and the layout of its names."""
+
+    name: str
+    weights: WeightIndex
+    config: Config
+    layout: str
+    locate: Locate
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All that an edit needs, found but not loaded."""
+
+    name: str
+    transformer: Component[TransformerConfig]
+    vae: Component[VaeConfig]
+    text_encoder: Component[ClipConfig]
+    text_encoder_2: Component[T5Config]
+    tokenizer: Path
+    tokenizer_2: Path
+    scheduler: SchedulerConfig
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How a component is recognised: a tensor that each layout must have, and known prefixes."""
+
+    config: Any  # one of the classes of .config
+    markers: Mapping[str, str]  # layout -> a tensor that only this layout has
+    prefixes: tuple[str, ...]
+    optional: frozenset[str] = (
+        frozenset()
+    )  # tensors that some files carry and the model does not use
+
+
+KINDS: Mapping[str, _Kind] = {
+    "transformer": _Kind(
+        TransformerConfig,
+        {"bfl": "img_in.weight", "diffusers": "x_embedder.weight"},
+        ("", "model.diffusion_model.", "diffusion_model."),
+    ),
+    "vae": _Kind(
+        VaeConfig,
+        {
+            "bfl": "encoder.down.0.block.0.conv1.weight",
+            "diffusers": "encoder.down_blocks.0.resnets.0.conv1.weight",
+        },
+        ("", "vae.", "first_stage_model."),
+    ),
+    "text_encoder": _Kind(
+        ClipConfig,
+        {"transformers": "embeddings.token_embedding.weight"},
+        ("", "text_model.", "text_encoders.clip_l.transformer.text_model."),
+        frozenset({"embeddings.position_ids", "text_projection.weight", "logit_scale"}),
+    ),
+    "text_encoder_2": _Kind(
+        T5Config,
+        {"transformers": "shared.weight"},
+        ("", "text_encoders.t5xxl.transformer."),
+        frozenset({"encoder.embed_tokens.weight"}),
+    ),
+}
+_PREFIXES = tuple(
+    prefix for kind in KINDS.values() for prefix in (*kind.prefixes, *kind.optional) if prefix
+)
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+PARTS = (*KINDS, *TOKENIZERS)
+"""What can be named apart from the model itself, as keyword and as flag."""
+
+
+def find(model: str | os.PathLike[str], parts: Mapping[str, str | os.PathLike[str]]) -> Checkpoint:
+    """Locate every part of ``model``; ``parts`` names some of :data:`PARTS` elsewhere.
+
+    model: a diffusers folder, a single file, or a hub id whose snapshot lies in the local cache.
+    Raises CheckpointError for anything that is missing or is not what its name says.
+    """
+    root = _resolve(model)
+    everything = read_headers([root]) if root.is_file() else None
+    where: dict[str, Path] = {}
+    components: dict[str, Component[Any]] = {}
+    missing = []
+    for part in PARTS:
+        if part in parts:
+            where[part] = _part_of(_resolve(parts[part]), part)
+        elif everything is None:
+            where[part] = root / part
+        elif part in KINDS and (found := recognise(part, everything, None)):
+            components[part] = found
+        elif part == "transformer":
+            raise CheckpointError(
+                f"{root}: expected a FLUX transformer (BFL, ComfyUI or diffusers names), found "
+                f"tensors {_first_names(everything)}"
+            )
+        else:
+            missing.append(part)
+    if missing:
+        flags = ", ".join("--" + part.replace("_", "-") for part in missing)
+        raise CheckpointError(
+            f"{root}: expected a whole model, found a single file without {', '.join(missing)}; "
+            f"name a folder or file for each with {flags}"
+        )
+    for part in KINDS:
+        if part not in components:
+            components[part] = open_component(part, where[part])
+    scheduler = root / "scheduler" / "scheduler_config.json"
+    return Checkpoint(
+        name=str(model),
+        **components,
+        tokenizer=where["tokenizer"],
+        tokenizer_2=where["tokenizer_2"],
+        scheduler=SchedulerConfig()
+        if everything
+        else SchedulerConfig.from_json(read_json(scheduler)),
+    )
+
+
+def open_component(part: str, path: Path) -> Component[Any]:
+    """Open one network from its folder (``config.json`` and weights) or from a single file."""
+    if path.is_dir():
+        config, files = read_json(path / "config.json"), find_files(path)
+    else:
+        config, files = None, [path]
+    weights = read_headers(files)
+    component = recognise(part, weights, config)
+    if component is None:
+        wanted = " or ".join(KINDS[part].markers.values())
+        raise CheckpointError(
+            f"{path}: expected a {part} (a tensor named {wanted}), "
+            f"found tensors {_first_names(weights)}"
+        )
+    return component
+
+
+def recognise(
+    part: str, weights: WeightIndex, config: Mapping[str, Any] | None
+) -> Component[Any] | None:
+    """See whether ``weights`` hold this component, under which prefix and in which layout."""
+    kind = KINDS[part]
+    for prefix in kind.prefixes:
+        for layout, marker in kind.markers.items():
+            if prefix + marker not in weights.tensors:
+                continue
+            own = weights.under(prefix)
+            tensors = {k: v for k, v in own.tensors.items() if k not in kind.optional}
+            # in a file of several networks, a tensor of none of them is as unexpected as ever
+            tensors |= (
+                {k: v for k, v in weights.tensors.items() if not k.startswith(_PREFIXES)}
+                if prefix
+                else {}
+            )
+            own = WeightIndex(tensors, own.scales, own.metadata)
+            if config is not None:
+                shape = kind.config.from_json(config)
+            elif layout == "diffusers":  # renamed tensors alone do not say more than the published
+                shape = kind.config()
+            else:
+                try:
+                    shape = kind.config.from_shapes(own.shapes)
+                except (KeyError, IndexError, ValueError, ZeroDivisionError):
+                    raise CheckpointError(
+                        f"{part}: expected the tensors of a FLUX {part}, found only some of them: "
+                        f"{_first_names(own)}"
+                    ) from None
+            return Component(part, own, shape, layout, _locate(layout, shape))
+    return None
+
+
+def _locate(layout: str, config: object) -> Locate:
+    if layout != "diffusers":
+        return identity
+    if isinstance(config, VaeConfig):
+        return diffusers_vae(len(config.block_out_channels))
+    return diffusers_transformer
+
+
+def _part_of(path: Path, part: str) -> Path:
+    """A part may be named by its own folder or by the model folder that has it."""
+    return path / part if (path / part).is_dir() else path
+
+
+def _first_names(weights: WeightIndex) -> str:
+    return ", ".join(list(weights.tensors)[:3]) or "none"
+
+
+def _resolve(model: str | os.PathLike[str]) -> Path:
+    """A path as it is; a hub id as its snapshot in the local cache."""
+    path = Path(model).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        if any(
+            (path / name).exists() for name in ("model_index.json", "config.json", *_TOKEN_FILES)
+        ):
+            return path
+        raise CheckpointError(
+            f"{path}: expected a diffusers folder (with model_index.json) or a safetensors file, "
+            "found a folder with neither"
+        )
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+        return _from_hub_cache(str(model))
+    raise CheckpointError(
+        f"{model}: expected a folder, a safetensors file or a hub id, found nothing"
+    )
+
+
+_TOKEN_FILES = ("tokenizer.json", "vocab.json", "tokenizer_config.json")
+
+
+def _from_hub_cache(repo: str) -> Path:
+    home = os.environ.get("HF_HOME", "~/.cache/huggingface")
+    cache = Path(os.environ.get("HF_HUB_CACHE", Path(home) / "hub")).expanduser()
+    folder = cache / f"models--{repo.replace('/', '--')}"
+    try:
+        snapshot = folder / "snapshots" / (folder / "refs" / "main").read_text().strip()
+    except OSError:
+        snapshot = folder / "snapshots" / "none"
+    if snapshot.is_dir():
+        return snapshot
+    raise CheckpointError(
+        f"{repo}: expected a path or a model in the local cache {cache}, found neither; accept its "
+        f"licence at https://huggingface.co/{repo} and run: hf download {repo}"
+    )

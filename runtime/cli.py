@@ -1,0 +1,235 @@
+"""The command ``fluxkontext``. Results go to stdout, logs and progress to stderr."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .about import VERSION
+from .errors import InvalidInputError, KontextError
+
+INTERRUPTED = 130
+_PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code.
+
+    0 done; 1 run-time failure; 2 usage; 3 weights missing or malformed; 5 does not fit in memory;
+    7 deadline; 130 interrupted.
+    """
+    args = _parser().parse_args(argv)
+    logging.basicConfig(
+        level=logging.DEBUG if args.debug else logging.WARNING,
+        format="%(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    try:
+        args.run(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("fluxkontext: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone: not an error of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if args.debug:
+            raise
+        known = isinstance(error, KontextError)
+        text = " ".join(str(error).split()) or type(error).__name__
+        hint = "" if known else f" ({type(error).__name__}; --debug shows where)"
+        print(f"fluxkontext: {text}{hint}", file=sys.stderr)
+        return error.exit_code if isinstance(error, KontextError) else 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fluxkontext", description="Edit pictures with FLUX.1 Kontext."
+    )
+    parser.add_argument("--version", action="version", version=f"fluxkontext {VERSION}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print one JSON object")
+    common.add_argument("--debug", action="store_true", help="show tracebacks and all logs")
+
+    sampling = _sampling_options()
+    edit = commands.add_parser(
+        "edit", parents=[sampling, common], help="edit a picture by instruction"
+    )
+    edit.add_argument(
+        "images",
+        nargs="+",
+        type=Path,
+        metavar="IMAGE",
+        help="picture; several are one edit's contexts",
+    )
+    edit.add_argument(
+        "--context-layout", choices=("index", "offset"), default="index", help="of several pictures"
+    )
+    edit.add_argument(
+        "--no-auto-resize",
+        dest="auto_resize",
+        action="store_false",
+        help="keep the picture's own size, cut to multiples of 16",
+    )
+    edit.set_defaults(run=_make)
+
+    generate = commands.add_parser(
+        "generate", parents=[sampling, common], help="make a picture from text alone"
+    )
+    generate.set_defaults(run=_make, images=[], context_layout="index", auto_resize=True)
+
+    inspect = commands.add_parser(
+        "inspect", parents=[common], help="what a checkpoint or an output picture holds"
+    )
+    inspect.add_argument("path", type=Path)
+    inspect.set_defaults(run=_inspect)
+
+    doctor = commands.add_parser(
+        "doctor", parents=[common], help="what this machine can run, and why not the rest"
+    )
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _sampling_options() -> argparse.ArgumentParser:
+    """What `edit` and `generate` share."""
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument("-p", "--prompt", required=True, help="instruction or description")
+    options.add_argument("-o", "--output", type=Path, required=True, help="picture to write")
+    options.add_argument(
+        "--model", required=True, help="diffusers folder, safetensors file, or hub id in the cache"
+    )
+    for part in _PARTS:
+        flag = "--" + part.replace("_", "-")
+        options.add_argument(flag, metavar="PATH", help=f"folder or file of the {part}")
+    options.add_argument("--backend", default="auto", help="auto or native (default: %(default)s)")
+    options.add_argument("--precision", default="auto", help="auto, fp32, bf16 or fp16")
+    options.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    options.add_argument("--steps", type=int, default=28, help="default: %(default)s")
+    options.add_argument("--guidance", type=float, default=2.5, help="default: %(default)s")
+    options.add_argument("--negative-prompt", help="what to avoid; needs --true-cfg above 1")
+    options.add_argument("--true-cfg", type=float, default=1.0, metavar="SCALE")
+    options.add_argument("--seed", type=int, help="default: a new one, reported")
+    options.add_argument(
+        "--size", type=_size, metavar="WxH|auto", help="of the result (default: the picture's)"
+    )
+    options.add_argument(
+        "-n", "--num-images", type=int, default=1, help="results: OUT-1, OUT-2 ..."
+    )
+    options.add_argument("--deadline", type=float, metavar="SECONDS")
+    options.add_argument(
+        "--no-metadata", action="store_true", help="keep the settings out of the PNG"
+    )
+    options.add_argument("--quiet", action="store_true", help="no progress bar")
+    return options
+
+
+def _size(text: str) -> tuple[int, int] | None:
+    if text == "auto":
+        return None
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise argparse.ArgumentTypeError(f"expected WxH or auto, found {text!r}")
+    return int(width), int(height)
+
+
+def _make(args: argparse.Namespace) -> None:
+    """`edit` and `generate`."""
+    from .images import check_output, open_picture, save
+
+    outputs = _outputs(args.output, args.num_images)
+    for output in outputs:
+        check_output(output)
+    images = [open_picture(path) for path in args.images]
+    width, height = args.size or (None, None)
+    from .pipeline import KontextPipeline
+
+    parts = {part: value for part in _PARTS if (value := getattr(args, part)) is not None}
+    with KontextPipeline.from_pretrained(
+        args.model, backend=args.backend, precision=args.precision, device=args.device, **parts
+    ) as pipe:
+        result = pipe(
+            images or None,
+            args.prompt,
+            negative_prompt=args.negative_prompt,
+            true_cfg_scale=args.true_cfg,
+            width=width,
+            height=height,
+            max_area=None if width is None or height is None else width * height,
+            num_inference_steps=args.steps,
+            guidance_scale=args.guidance,
+            num_images_per_prompt=args.num_images,
+            seed=args.seed,
+            auto_resize=args.auto_resize,
+            context_layout=args.context_layout,
+            deadline=args.deadline,
+            progress=not args.quiet and not args.json and sys.stderr.isatty(),
+        )
+    for picture, output, settings in zip(result.images, outputs, result.settings, strict=True):
+        save(picture, output, None if args.no_metadata else settings)
+    if args.json:
+        report = {
+            "outputs": [str(output) for output in outputs],
+            "settings": result.settings,
+            "timings": result.timings,
+        }
+        print(json.dumps(report))
+    else:
+        for output, settings in zip(outputs, result.settings, strict=True):
+            print(f"{output} ({settings['size']}, seed {settings['seed']})")
+
+
+def _outputs(output: Path, count: int) -> list[Path]:
+    if count < 1:
+        raise InvalidInputError(f"--num-images: expected at least 1, found {count}")
+    if count == 1:
+        return [output]
+    return [output.with_stem(f"{output.stem}-{i + 1}") for i in range(count)]
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from .inspection import inspect
+
+    _show(inspect(args.path), args.json)
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    from .doctor import diagnose
+
+    _show(diagnose(), args.json)
+
+
+def _show(facts: Mapping[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        print("\n".join(_lines(facts, 0)))
+
+
+def _lines(facts: Mapping[str, Any], depth: int) -> list[str]:
+    """Indented ``name: value`` lines."""
+    lines = []
+    pad = "  " * depth
+    for name, value in facts.items():
+        if isinstance(value, Mapping) and value:
+            lines += [f"{pad}{name}:", *_lines(value, depth + 1)]
+        elif isinstance(value, list) and value and all(isinstance(v, Mapping) for v in value):
+            lines.append(f"{pad}{name}:")
+            for entry in value:
+                lines += [f"{pad}  -", *_lines(entry, depth + 2)]
+        else:
+            text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+            lines.append(f"{pad}{name}: {'none' if text in (None, '', {}) else text}")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""What a file or folder holds: networks, from their headers, or the settings of a picture."""
+
+import math
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import KINDS, TOKENIZERS, Component, open_component, recognise
+from .errors import CheckpointError
+from .images import open_picture, read_settings
+from .weights import WeightIndex, read_headers
+
+_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """Describe ``path`` as JSON; weights are not read, only headers."""
+    if path.is_dir():
+        return _folder(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: expected a file or folder, found none")
+    if path.suffix in (".safetensors", ".sft"):
+        return _single_file(path)
+    return _picture(path)
+
+
+def _folder(path: Path) -> dict[str, Any]:
+    """A diffusers folder, or the folder of one of its networks."""
+    if (path / "model_index.json").exists():
+        networks = {part: _network(open_component(part, path / part)) for part in KINDS}
+        tokenizers = [name for name in TOKENIZERS if (path / name).is_dir()]
+        return {"kind": "diffusers folder", "networks": networks, "tokenizers": tokenizers}
+    for part in KINDS:
+        if part == path.name:
+            return {"kind": "network", "networks": {part: _network(open_component(part, path))}}
+    raise CheckpointError(
+        f"{path}: expected a diffusers folder (with model_index.json) or one of its networks "
+        f"({', '.join(KINDS)}), found neither"
+    )
+
+
+def _single_file(path: Path) -> dict[str, Any]:
+    """A safetensors file with one network, several, or something else."""
+    weights = read_headers([path])
+    found = {part: component for part in KINDS if (component := recognise(part, weights, None))}
+    return {
+        "kind": "single file" if found else "safetensors file of no known network",
+        "networks": {part: _network(component) for part, component in found.items()},
+        **({} if found else {"tensors": _tensors(weights)}),
+        "metadata": dict(weights.metadata),
+    }
+
+
+def _network(component: Component[Any]) -> dict[str, Any]:
+    return {
+        "layout": component.layout,
+        "config": asdict(component.config),
+        **_tensors(component.weights),
+        "quantised": len(component.weights.scales),
+        "files": sorted({t.file.name for t in component.weights.tensors.values()}),
+    }
+
+
+def _tensors(weights: WeightIndex) -> dict[str, Any]:
+    tensors = weights.tensors.values()
+    return {
+        "tensors": len(tensors),
+        "parameters": sum(math.prod(t.shape) for t in tensors),
+        "bytes": sum(math.prod(t.shape) * _BYTES.get(t.dtype, 1) for t in tensors),
+        "dtypes": dict(Counter(t.dtype for t in tensors)),
+    }
+
+
+def _picture(path: Path) -> dict[str, Any]:
+    with open_picture(path) as picture:
+        return {
+            "kind": "picture",
+            "format": picture.format,
+            "size": f"{picture.width}x{picture.height}",
+            "mode": picture.mode,
+            "settings": read_settings(picture),
+        }

@@ -1,0 +1,1 @@
+"""The four networks in torch. Parameter names equal the canonical checkpoint keys."""

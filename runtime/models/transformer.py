@@ -1,0 +1,275 @@
+"""The FLUX diffusion transformer (DiT) with what its steps share taken out of the step.
+
+Names are BFL's (`flux/model.py`, `flux/modules/layers.py`). D is the hidden size, H the heads, d
+the channels of a head; S text tokens, T target tokens, C context tokens.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...kernels import KernelSet
+from ...kernels.norm_rope import rope_table
+from ..config import TransformerConfig
+
+_TIME_CHANNELS = 256
+_MAX_PERIOD = 10_000.0
+_TIME_FACTOR = 1000.0
+
+
+class Flux(nn.Module):
+    """The denoiser. An edit calls :meth:`modulation`, :meth:`rope`, ``txt_in`` and, for contexts,
+    ``img_in`` once, then :meth:`forward` at every step."""
+
+    def __init__(self, config: TransformerConfig, kernels: KernelSet) -> None:
+        super().__init__()
+        D = config.hidden_size
+        self.config = config
+        self.img_in = nn.Linear(config.in_channels, D)
+        self.txt_in = nn.Linear(config.context_in_dim, D)
+        self.time_in = MLPEmbedder(_TIME_CHANNELS, D)
+        self.vector_in = MLPEmbedder(config.vec_in_dim, D)
+        self.guidance_in = MLPEmbedder(_TIME_CHANNELS, D) if config.guidance_embed else None
+        self.double_blocks = nn.ModuleList(
+            DoubleStreamBlock(config, kernels) for _ in range(config.depth)
+        )
+        self.single_blocks = nn.ModuleList(
+            SingleStreamBlock(config, kernels) for _ in range(config.depth_single_blocks)
+        )
+        self.final_layer = LastLayer(config, kernels)
+
+    def modulation(self, sigmas: Tensor, guidance: Tensor, pooled: Tensor) -> Tensor:
+        """Every shift, scale and gate of every step; 27% of the weights are used here alone.
+
+        sigmas: ``[N]`` float32. guidance: ``[1]`` float32. pooled: ``[B, vec_in_dim]``.
+        Returns ``[N, R, B, 1, D]``: R rows in the order in which :meth:`forward` takes them.
+        """
+        dtype = pooled.dtype
+        vec = self.time_in(sinusoid(sigmas).to(dtype))[:, None] + self.vector_in(pooled)
+        if self.guidance_in is not None:
+            vec = vec + self.guidance_in(sinusoid(guidance).to(dtype))
+        vec = F.silu(vec)  # [N, B, D]
+        parts = [m for m in self.modules() if isinstance(m, Modulation | LastModulation)]
+        rows = [row for part in parts for row in part(vec).chunk(part.rows, dim=-1)]
+        return torch.stack(rows, dim=1).unsqueeze(-2)
+
+    def rope(self, positions: Tensor, text_tokens: int) -> Tensor:
+        """Rotation table ``[S + tokens, d / 2, 2]``; ``positions [tokens, 3]``, text lies at 0."""
+        positions = F.pad(positions, (0, 0, text_tokens, 0))
+        return rope_table(positions, self.config.axes_dim, self.config.theta)
+
+    def forward(
+        self, latents: Tensor, context: Tensor, txt: Tensor, modulation: Tensor, rope: Tensor
+    ) -> Tensor:
+        """Velocity of one step.
+
+        latents: ``[B, T, in_channels]``. context: ``[B, C, D]``, contexts after ``img_in``. txt:
+        ``[B, S, D]``, text after ``txt_in``. modulation: ``[R, B, 1, D]``, this step's rows.
+        Returns ``[B, T, in_channels]``.
+        """
+        img = torch.cat((self.img_in(latents), context), dim=1)
+        rows = list(modulation.unbind(0))
+        for block in self.double_blocks:
+            img, txt = block(img, txt, rows[:12], rope)
+            rows = rows[12:]
+        x = torch.cat((txt, img), dim=1)
+        target = slice(txt.shape[1], txt.shape[1] + latents.shape[1])
+        last = len(self.single_blocks) - 1
+        for i, block in enumerate(self.single_blocks):
+            x = block(x, rows[:3], rope, target if i == last else None)
+            rows = rows[3:]
+        if last < 0:
+            x = x[:, target]
+        velocity: Tensor = self.final_layer(x, rows)
+        return velocity
+
+
+class DoubleStreamBlock(nn.Module):
+    """Image and text each with its own weights, joined in attention."""
+
+    def __init__(self, config: TransformerConfig, kernels: KernelSet) -> None:
+        super().__init__()
+        D = config.hidden_size
+        self.kernels = kernels
+        self.img_mod = Modulation(D, 6)
+        self.img_attn = SelfAttention(config, kernels)
+        self.img_mlp = mlp(D, config.mlp_hidden, kernels)
+        self.txt_mod = Modulation(D, 6)
+        self.txt_attn = SelfAttention(config, kernels)
+        self.txt_mlp = mlp(D, config.mlp_hidden, kernels)
+
+    def forward(
+        self, img: Tensor, txt: Tensor, rows: Sequence[Tensor], rope: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """``img [B, T + C, D]``, ``txt [B, S, D]``; rows: twice shift, scale, gate, img first."""
+        ops, text_tokens = self.kernels, txt.shape[1]
+        img_shift, img_scale, img_gate, img_shift2, img_scale2, img_gate2 = rows[:6]
+        txt_shift, txt_scale, txt_gate, txt_shift2, txt_scale2, txt_gate2 = rows[6:]
+
+        img_qkv = self.img_attn(ops.modulate(img, img_shift, img_scale), rope[text_tokens:])
+        txt_qkv = self.txt_attn(ops.modulate(txt, txt_shift, txt_scale), rope[:text_tokens])
+        q, k, v = (torch.cat(pair, dim=1) for pair in zip(txt_qkv, img_qkv, strict=True))
+        txt_att, img_att = ops.attention(q, k, v).tensor_split([text_tokens], dim=1)
+
+        img = ops.gate_residual(img, img_gate, self.img_attn.proj(img_att))
+        txt = ops.gate_residual(txt, txt_gate, self.txt_attn.proj(txt_att))
+        img_ff = self.img_mlp(ops.modulate(img, img_shift2, img_scale2))
+        txt_ff = self.txt_mlp(ops.modulate(txt, txt_shift2, txt_scale2))
+        img = ops.gate_residual(img, img_gate2, img_ff)
+        txt = ops.gate_residual(txt, txt_gate2, txt_ff)
+        if txt.dtype == torch.float16:  # late text activations leave fp16's range (diffusers)
+            txt = txt.clamp(-65504, 65504)
+        return img, txt
+
+
+class SingleStreamBlock(nn.Module):
+    """Attention and feed-forward side by side on the joint sequence (text, target, contexts)."""
+
+    def __init__(self, config: TransformerConfig, kernels: KernelSet) -> None:
+        super().__init__()
+        D = config.hidden_size
+        self.kernels = kernels
+        self.num_heads = config.num_heads
+        self.widths = [D, 2 * D, config.mlp_hidden]  # q | k v | mlp, the rows of linear1
+        self.linear1 = nn.Linear(D, sum(self.widths))
+        self.linear2 = nn.Linear(D + config.mlp_hidden, D)
+        self.norm = QKNorm(config.head_dim)
+        self.modulation = Modulation(D, 3)
+
+    def forward(
+        self, x: Tensor, rows: Sequence[Tensor], rope: Tensor, keep: slice | None
+    ) -> Tensor:
+        """``x [B, S + T + C, D]``. keep: the only tokens that are needed after this block, or None
+        for all; keys and values come from all tokens either way."""
+        ops, (shift, scale, gate) = self.kernels, rows
+        normed = ops.modulate(x, shift, scale)
+        q_rope = rope
+        if keep is None:
+            q, kv, up = self.linear1(normed).split(self.widths, dim=-1)
+        else:
+            wq, wkv, wup = self.linear1.weight.split(self.widths)
+            bq, bkv, bup = self.linear1.bias.split(self.widths)
+            kv = F.linear(normed, wkv, bkv)
+            x, normed, q_rope = x[:, keep], normed[:, keep], rope[keep]
+            q, up = F.linear(normed, wq, bq), F.linear(normed, wup, bup)
+        q = q.unflatten(-1, (self.num_heads, -1))
+        k, v = kv.unflatten(-1, (2, self.num_heads, -1)).unbind(2)
+        q = ops.norm_rope(q, self.norm.query_norm.scale, q_rope)
+        k = ops.norm_rope(k, self.norm.key_norm.scale, rope)
+        both = torch.cat((ops.attention(q, k, v), ops.gelu(up)), dim=-1)
+        x = ops.gate_residual(x, gate, self.linear2(both))
+        return x.clamp(-65504, 65504) if x.dtype == torch.float16 else x
+
+
+class SelfAttention(nn.Module):
+    """Queries, keys and values of one stream; the joint attention is the block's."""
+
+    def __init__(self, config: TransformerConfig, kernels: KernelSet) -> None:
+        super().__init__()
+        D = config.hidden_size
+        self.kernels = kernels
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(D, 3 * D)
+        self.norm = QKNorm(config.head_dim)
+        self.proj = nn.Linear(D, D)
+
+    def forward(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``x [B, tokens, D]`` to q, k, v, each ``[B, tokens, H, d]``, q and k rotated."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        q = self.kernels.norm_rope(q, self.norm.query_norm.scale, rope)
+        k = self.kernels.norm_rope(k, self.norm.key_norm.scale, rope)
+        return q, k, v
+
+
+class LastLayer(nn.Module):
+    """Modulated norm and the projection back to latent channels."""
+
+    def __init__(self, config: TransformerConfig, kernels: KernelSet) -> None:
+        super().__init__()
+        self.kernels = kernels
+        self.linear = nn.Linear(config.hidden_size, config.in_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), LastModulation(config.hidden_size, 2))
+
+    def forward(self, x: Tensor, rows: Sequence[Tensor]) -> Tensor:
+        shift, scale = rows
+        velocity: Tensor = self.linear(self.kernels.modulate(x, shift, scale))
+        return velocity
+
+
+class Modulation(nn.Module):
+    """The linear map from the conditioning vector (after SiLU) to ``rows`` vectors."""
+
+    def __init__(self, dim: int, rows: int) -> None:
+        super().__init__()
+        self.rows = rows
+        self.lin = nn.Linear(dim, rows * dim)
+
+    def forward(self, vec: Tensor) -> Tensor:
+        out: Tensor = self.lin(vec)
+        return out
+
+
+class LastModulation(nn.Linear):
+    """The same for the last layer, whose tensors are named without ``lin``."""
+
+    def __init__(self, dim: int, rows: int) -> None:
+        super().__init__(dim, rows * dim)
+        self.rows = rows
+
+
+class MLPEmbedder(nn.Module):
+    """Two linear layers that embed a timestep, a guidance scale or the pooled text."""
+
+    def __init__(self, in_dim: int, hidden: int) -> None:
+        super().__init__()
+        self.in_layer = nn.Linear(in_dim, hidden)
+        self.out_layer = nn.Linear(hidden, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.out_layer(F.silu(self.in_layer(x)))
+        return out
+
+
+class QKNorm(nn.Module):
+    """Holds the scales of the query and key norms; the norm itself is fused with RoPE."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.query_norm = RMSScale(dim)
+        self.key_norm = RMSScale(dim)
+
+
+class RMSScale(nn.Module):
+    """The scale of an RMSNorm."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(dim))
+
+
+class Activation(nn.Module):
+    """A kernel as a module."""
+
+    def __init__(self, kernels: KernelSet) -> None:
+        super().__init__()
+        self.kernels = kernels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kernels.gelu(x)
+
+
+def mlp(dim: int, hidden: int, kernels: KernelSet) -> nn.Sequential:
+    """The feed-forward of one stream; its linears are numbers 0 and 2, as in the checkpoint."""
+    return nn.Sequential(nn.Linear(dim, hidden), Activation(kernels), nn.Linear(hidden, dim))
+
+
+def sinusoid(x: Tensor) -> Tensor:
+    """Embed ``x [N]`` (a sigma or a guidance scale) as ``[N, 256]``: cosines, then sines, of
+    ``1000 x`` at falling frequencies, in float32."""
+    half = _TIME_CHANNELS // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=x.device) / half
+    angle = (_TIME_FACTOR * x.float())[:, None] * torch.exp(-math.log(_MAX_PERIOD) * exponent)
+    return torch.cat((angle.cos(), angle.sin()), dim=-1)

@@ -1,0 +1,234 @@
+"""The autoencoder between pixels and latents (FLUX ``ae.safetensors``, ``AutoencoderKL``).
+
+Names are BFL's (`flux/modules/autoencoder.py`). Latents here are unscaled; the pipeline's constants
+are applied by :func:`scale` and :func:`unscale`.
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..config import VaeConfig
+
+_EPS = 1e-6
+_OVERLAP = 0.25
+"""Share of a tile that its neighbour covers too (diffusers ``tile_overlap_factor``)."""
+
+
+class Vae(nn.Module):
+    """Encoder and decoder."""
+
+    def __init__(self, config: VaeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` in -1..1 to the mean latents ``[B, C, H / 8, W / 8]``."""
+        moments = self._tiled(self.encoder, pixels, 1 / self.config.downscale)
+        return moments.chunk(2, dim=1)[0]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """``[B, C, h, w]`` to pixels ``[B, 3, 8 h, 8 w]`` around -1..1."""
+        return self._tiled(self.decoder, latents, self.config.downscale)
+
+    def _tiled(self, part: Callable[[Tensor], Tensor], x: Tensor, factor: float) -> Tensor:
+        """Apply ``part`` at once, or to large pictures tile by tile.
+
+        A tile is the native size; a picture of at most twice that a side is small enough to go
+        whole, which is exact: a tile's norms see only the tile. Blending is that of diffusers.
+        """
+        tile = int(self.config.sample_size / (self.config.downscale if factor > 1 else 1))
+        if max(x.shape[-2:]) <= 2 * tile:
+            return part(x)
+        stride = int(tile * (1 - _OVERLAP))
+        blend = int(tile * factor * _OVERLAP)
+        keep = int(tile * factor) - blend
+        rows: list[list[Tensor]] = []
+        for top in range(0, x.shape[-2], stride):
+            row = [
+                part(x[..., top : top + tile, left : left + tile])
+                for left in range(0, x.shape[-1], stride)
+            ]
+            if rows:
+                for above, here in zip(rows[-1], row, strict=True):
+                    _blend(above, here, blend, -2)
+            for before, here in pairwise(row):
+                _blend(before, here, blend, -1)
+            rows.append(row)
+        strips = [torch.cat([t[..., :keep, :keep] for t in row], dim=-1) for row in rows]
+        return torch.cat(strips, dim=-2)
+
+
+def _blend(before: Tensor, here: Tensor, extent: int, dim: int) -> None:
+    """Fade from the end of ``before`` into the start of ``here``, in place, along ``dim``."""
+    extent = min(extent, before.shape[dim], here.shape[dim])
+    ramp = torch.arange(extent, device=here.device, dtype=here.dtype) / extent
+    ramp = ramp[:, None] if dim == -2 else ramp
+    start = here.narrow(dim, 0, extent)
+    end = before.narrow(dim, before.shape[dim] - extent, extent)
+    start.copy_(end * (1 - ramp) + start * ramp)
+
+
+def scale(latents: Tensor, config: VaeConfig) -> Tensor:
+    """Mean latents to what the transformer works on."""
+    return (latents - config.shift_factor) * config.scaling_factor
+
+
+def unscale(latents: Tensor, config: VaeConfig) -> Tensor:
+    """The inverse of :func:`scale`."""
+    return latents / config.scaling_factor + config.shift_factor
+
+
+class Encoder(nn.Module):
+    """Pixels to mean and log-variance."""
+
+    def __init__(self, config: VaeConfig) -> None:
+        super().__init__()
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.down = nn.ModuleList()
+        for i, (inner, outer) in enumerate(zip((widths[0], *widths), widths, strict=False)):
+            last = i == len(widths) - 1
+            blocks = _stack(inner, outer, config.layers_per_block, groups)
+            self.down.append(Level(blocks, downsample=None if last else Downsample(outer)))
+        self.mid = Middle(widths[-1], groups)
+        self.norm_out = nn.GroupNorm(groups, widths[-1], _EPS)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        x = self.mid(x)
+        x = self.conv_out(F.silu(self.norm_out(x)))
+        return x
+
+
+class Decoder(nn.Module):
+    """Latents to pixels; ``up`` is numbered from the finest resolution, so it runs backwards."""
+
+    def __init__(self, config: VaeConfig) -> None:
+        super().__init__()
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1], groups)
+        self.up = nn.ModuleList()
+        for i, (outer, inner) in enumerate(zip(widths, (*widths[1:], widths[-1]), strict=True)):
+            blocks = _stack(inner, outer, config.layers_per_block + 1, groups)
+            self.up.append(Level(blocks, upsample=Upsample(outer) if i > 0 else None))
+        self.norm_out = nn.GroupNorm(groups, widths[0], _EPS)
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x: Tensor = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            x = level(x)
+        x = self.conv_out(F.silu(self.norm_out(x)))
+        return x
+
+
+class Level(nn.Module):
+    """One resolution: its blocks, then the way to the next."""
+
+    def __init__(
+        self,
+        block: nn.Sequential,
+        downsample: "Downsample | None" = None,
+        upsample: "Upsample | None" = None,
+    ) -> None:
+        super().__init__()
+        self.block = block
+        self.downsample = downsample
+        self.upsample = upsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block(x)
+        for resample in (self.downsample, self.upsample):
+            x = x if resample is None else resample(x)
+        return x
+
+
+def _stack(inner: int, outer: int, depth: int, groups: int) -> nn.Sequential:
+    return nn.Sequential(
+        *(ResnetBlock(inner if i == 0 else outer, outer, groups) for i in range(depth))
+    )
+
+
+class Middle(nn.Module):
+    """The lowest resolution: a block, attention over all places, a block."""
+
+    def __init__(self, width: int, groups: int) -> None:
+        super().__init__()
+        self.block_1 = ResnetBlock(width, width, groups)
+        self.attn_1 = AttnBlock(width, groups)
+        self.block_2 = ResnetBlock(width, width, groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block_2(self.attn_1(self.block_1(x)))
+        return x
+
+
+class ResnetBlock(nn.Module):
+    """Two convolutions around a skip."""
+
+    def __init__(self, inner: int, outer: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, inner, _EPS)
+        self.conv1 = nn.Conv2d(inner, outer, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, outer, _EPS)
+        self.conv2 = nn.Conv2d(outer, outer, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(inner, outer, 1) if inner != outer else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        hidden = self.conv2(F.silu(self.norm2(hidden)))
+        x = x if self.nin_shortcut is None else self.nin_shortcut(x)
+        return torch.add(x, hidden)
+
+
+class AttnBlock(nn.Module):
+    """Single-head attention over all places of a feature map."""
+
+    def __init__(self, width: int, groups: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, width, _EPS)
+        self.q = nn.Conv2d(width, width, 1)
+        self.k = nn.Conv2d(width, width, 1)
+        self.v = nn.Conv2d(width, width, 1)
+        self.proj_out = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        q, k, v = (proj(normed).flatten(2).transpose(1, 2) for proj in (self.q, self.k, self.v))
+        mixed = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        out: Tensor = x + self.proj_out(mixed.transpose(1, 2).unflatten(2, x.shape[-2:]))
+        return out
+
+
+class Downsample(nn.Module):
+    """Halve each side; the padding is on the right and below only."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(F.pad(x, (0, 1, 0, 1)))
+        return x
+
+
+class Upsample(nn.Module):
+    """Double each side."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return x

@@ -1,0 +1,364 @@
+"""The editing pipeline: from a picture and a prompt to the edited picture, on any backend."""
+
+import hashlib
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from threading import Event
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from .about import VERSION
+from .backend import Backend, Batch, Embeddings, Floats, Handle, State, TokenIds
+from .checkpoint import PARTS, Checkpoint, find
+from .config import VaeConfig
+from .errors import BackendUnavailableError, InvalidInputError
+from .geometry import LAYOUTS, Grid, Size, position_ids
+from .jobs import Job, draw_noise, groups, place
+from .memo import Memo
+from .request import Picture, Text, packed_latents, pair, texts_of
+from .result import OUTPUT_TYPES, EditResult, Sampling, assemble
+from .schedule import SchedulerConfig, sigmas_for
+from .tokenizer import PromptTokenizer, load_tokenizer
+from .turnstile import Turnstile
+from .watch import Watch
+
+_log = logging.getLogger(__name__)
+
+StepCallback = Callable[["KontextPipeline", int, float, dict[str, Any]], Mapping[str, Any] | None]
+_CALLBACK_INPUTS = ("latents",)
+
+
+class KontextPipeline:
+    """Edits pictures by instruction.
+
+    One pipeline runs one call at a time; calls from other threads wait in order, up to
+    ``max_queue`` of them. It survives an exception, a cancellation and exhausted memory.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        tokenizer: PromptTokenizer,
+        tokenizer_2: PromptTokenizer,
+        vae: VaeConfig,
+        scheduler: SchedulerConfig,
+        *,
+        name: str = "",
+        max_queue: int = 64,
+        memo_entries: int = 16,
+    ) -> None:
+        """Assemble a pipeline; :meth:`from_pretrained` does this for a checkpoint.
+
+        memo_entries: how many prompts and how many context pictures are remembered; 0 for none.
+        """
+        self.name = name
+        self.backend = backend
+        self.tokenizer = tokenizer
+        self.tokenizer_2 = tokenizer_2
+        self.vae = vae
+        self.scheduler = scheduler
+        self.grid = Grid(2 * vae.downscale, vae.sample_size)
+        self.text_memo: Memo[Handle] = Memo(memo_entries)
+        self.image_memo: Memo[Handle] = Memo(memo_entries)
+        self._turnstile = Turnstile(max_queue)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike[str],
+        *,
+        backend: str = "auto",
+        precision: str = "auto",
+        device: str = "auto",
+        vae: str | os.PathLike[str] | None = None,
+        text_encoder: str | os.PathLike[str] | None = None,
+        text_encoder_2: str | os.PathLike[str] | None = None,
+        tokenizer: str | os.PathLike[str] | None = None,
+        tokenizer_2: str | os.PathLike[str] | None = None,
+        max_queue: int = 64,
+        memo_entries: int = 16,
+    ) -> "KontextPipeline":
+        """Load a checkpoint.
+
+        model: a diffusers folder, a BFL or ComfyUI single file, or a hub id in the local cache. A
+        single file lacks some parts; ``vae`` ... ``tokenizer_2`` name a folder or file for each.
+        precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``. Raises CheckpointError for weights that
+        are missing or malformed, BackendUnavailableError for what this machine cannot run.
+        """
+        given = (vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2)
+        parts = {k: v for k, v in zip(PARTS[1:], given, strict=True) if v is not None}
+        checkpoint = find(model, parts)
+        clip_tokenizer = load_tokenizer(checkpoint.tokenizer, 77)
+        t5_tokenizer = load_tokenizer(checkpoint.tokenizer_2, 512)
+        return cls(
+            _load_backend(checkpoint, backend, device, precision),
+            clip_tokenizer,
+            t5_tokenizer,
+            checkpoint.vae.config,
+            checkpoint.scheduler,
+            name=checkpoint.name,
+            max_queue=max_queue,
+            memo_entries=memo_entries,
+        )
+
+    def __call__(
+        self,
+        image: Any = None,
+        prompt: str | Sequence[str] | None = None,
+        prompt_2: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        negative_prompt_2: str | Sequence[str] | None = None,
+        true_cfg_scale: float = 1.0,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 28,
+        sigmas: Sequence[float] | None = None,
+        guidance_scale: float = 2.5,
+        num_images_per_prompt: int = 1,
+        generator: Any = None,
+        latents: Any = None,
+        prompt_embeds: Any = None,
+        pooled_prompt_embeds: Any = None,
+        negative_prompt_embeds: Any = None,
+        negative_pooled_prompt_embeds: Any = None,
+        output_type: str = "pil",
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = _CALLBACK_INPUTS,
+        max_sequence_length: int | None = None,
+        max_area: int | None = None,
+        *,
+        seed: int | Sequence[int] | None = None,
+        auto_resize: bool = True,
+        context_layout: str = "index",
+        cancel: Event | None = None,
+        deadline: float | None = None,
+        progress: bool = False,
+    ) -> EditResult:
+        """Edit pictures, or make them from text alone when ``image`` is None.
+
+        Names and meanings are those of diffusers' ``FluxKontextPipeline``, with these differences:
+        without height and width the result has the first context's own size; every context keeps
+        its own size, also in a batch; ``guidance_scale`` is 2.5 as on the model's card;
+        ``max_sequence_length`` None is the tokenizer's own limit. New are:
+
+        image: a list with one prompt is several contexts of one edit, a list of lists the contexts
+        of each edit. context_layout: ``index`` (frames 1, 2, 3 ...) or ``offset`` (all at frame 1,
+        side by side). auto_resize: contexts go to the nearest preferred size; False only cuts them
+        to whole tokens. seed: one for all pictures (drawn from one stream, as diffusers does with
+        one CPU generator) or one a picture; None draws one and reports it. cancel: looked at before
+        every step. deadline: seconds from now, waiting included. progress: a bar on stderr.
+
+        A callback gets ``latents`` as numpy and may return others; ask for none with an empty
+        ``callback_on_step_end_tensor_inputs`` and nothing is copied.
+
+        Raises InvalidInputError, CancelledError, DeadlineError, QueueFullError, OutOfMemoryError.
+        """
+        watch = Watch(cancel, deadline)
+        _check_choice("output_type", output_type, OUTPUT_TYPES)
+        _check_choice("context_layout", context_layout, LAYOUTS)
+        for wanted in callback_on_step_end_tensor_inputs:
+            _check_choice("callback_on_step_end_tensor_inputs", wanted, _CALLBACK_INPUTS)
+        _check_number("guidance_scale", guidance_scale)
+        _check_number("true_cfg_scale", true_cfg_scale)
+        if num_images_per_prompt < 1:
+            raise InvalidInputError(
+                f"num_images_per_prompt: expected at least 1, found {num_images_per_prompt}"
+            )
+        texts = texts_of(prompt, prompt_2, prompt_embeds, pooled_prompt_embeds)
+        negatives: list[Text] = []
+        if true_cfg_scale > 1 and not (negative_prompt is None and negative_prompt_embeds is None):
+            negatives = texts_of(
+                negative_prompt,
+                negative_prompt_2,
+                negative_prompt_embeds,
+                negative_pooled_prompt_embeds,
+                "negative_prompt",
+            )
+        jobs = [
+            place(edit, self.grid, height, width, max_area, auto_resize)
+            for edit in pair(image, texts, negatives, self.vae.latent_channels)
+            for _ in range(num_images_per_prompt)
+        ]
+        sampling = Sampling(
+            num_inference_steps=num_inference_steps if sigmas is None else len(sigmas),
+            sigmas=None if sigmas is None else tuple(float(sigma) for sigma in sigmas),
+            guidance_scale=guidance_scale,
+            true_cfg_scale=true_cfg_scale,
+            context_layout=context_layout,
+            auto_resize=auto_resize,
+            max_sequence_length=self._text_length(max_sequence_length),
+        )
+        schedules = {job.target: self._sigmas(job.target, sampling) for job in jobs}
+        batches = list(groups(jobs))
+
+        def after_step(state: State, i: int, sigma: float) -> None:
+            if callback_on_step_end is not None:
+                tensors = {k: self.backend.read(state) for k in callback_on_step_end_tensor_inputs}
+                changes = callback_on_step_end(self, i, 1000 * sigma, tensors) or {}
+                if "latents" in changes:
+                    self.backend.write(state, checked_latents(changes["latents"], state))
+
+        def checked_latents(latents: Any, state: State) -> Floats:
+            like = self.backend.read(state).shape
+            return np.stack(packed_latents(latents, *like))
+
+        with self._turnstile.enter(watch.check):
+            watch.timings["queue"] = watch.elapsed
+            draw_noise(jobs, self.grid, self.vae.latent_channels, seed, generator, latents)
+            total = sampling.num_inference_steps * len(batches)
+            with tqdm(total=total, disable=not progress, unit="step") as bar:
+                for batch in batches:
+                    sigmas_of = schedules[batch[0].target]
+                    state = self._begin(batch, sigmas_of, sampling, watch)
+                    with watch.stage("denoise"):
+                        for i in range(sampling.num_inference_steps):
+                            watch.check()
+                            self.backend.step(state, i)
+                            after_step(state, i, float(sigmas_of[i]))
+                            bar.update()
+                    with watch.stage("decode"):
+                        self._finish(batch, state, output_type)
+        watch.timings["total"] = watch.elapsed
+        return assemble(jobs, sampling, self.about, output_type, watch.timings)
+
+    def warmup(
+        self,
+        sizes: Sequence[Size] = (),
+        contexts: int = 1,
+        batch: int = 1,
+    ) -> None:
+        """Run a short edit of each (width, height), so that the first user does not wait.
+
+        sizes: of result and contexts alike; the model's native square when empty.
+        """
+        for width, height in sizes or [(self.grid.native, self.grid.native)]:
+            blank = np.zeros((height, width, 3), np.uint8)
+            self(
+                [[blank] * contexts] if contexts else None,
+                "",
+                num_inference_steps=1,
+                num_images_per_prompt=batch,
+                auto_resize=False,
+                height=height,
+                width=width,
+                max_area=width * height,
+                seed=0,
+            )
+
+    def clear_memos(self) -> None:
+        """Forget remembered prompts and pictures."""
+        with self._turnstile.enter(lambda: None):
+            self.text_memo.clear()
+            self.image_memo.clear()
+
+    def close(self) -> None:
+        """Let the running call end, refuse those that wait, and release the model's memory."""
+        if self._turnstile.close():
+            self.text_memo.clear()
+            self.image_memo.clear()
+            self.backend.close()
+
+    def __enter__(self) -> "KontextPipeline":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def about(self) -> dict[str, str]:
+        """What runs: for settings, logs and reports."""
+        return {
+            "software": f"fluxkontext {VERSION}",
+            "model": self.name,
+            "backend": self.backend.name,
+            "device": self.backend.device,
+            "precision": self.backend.precision,
+        }
+
+    def _begin(
+        self, jobs: Sequence[Job], sigmas: Floats, sampling: Sampling, watch: Watch
+    ) -> State:
+        """Encode what is not remembered, and compute what the steps share."""
+        with watch.stage("text"):
+            text, negative = (
+                [self._encode_text(t, sampling.max_sequence_length) for t in texts if t is not None]
+                for texts in ([j.edit.text for j in jobs], [j.edit.negative for j in jobs])
+            )
+        watch.check()
+        with watch.stage("image"):
+            contexts = [[self._encode_image(c) for c in job.contexts] for job in jobs]
+        watch.check()
+        target = self.grid.tokens(jobs[0].target)
+        context_sizes = [self.grid.tokens(size) for size in jobs[0].context_sizes]
+        batch = Batch(
+            text=text,
+            negative=negative,
+            contexts=contexts,
+            noise=np.stack([job.noise for job in jobs]),
+            positions=position_ids(target, context_sizes, sampling.context_layout),
+            target=target,
+            sigmas=sigmas,
+            guidance_scale=sampling.guidance_scale,
+            true_cfg_scale=sampling.true_cfg_scale,
+        )
+        with watch.stage("denoise"):
+            return self.backend.begin(batch)
+
+    def _finish(self, jobs: Sequence[Job], state: State, output_type: str) -> None:
+        read = self.backend.read if output_type == "latent" else self.backend.decode
+        for job, output in zip(jobs, read(state), strict=True):
+            job.output = output
+
+    def _encode_text(self, text: Text, length: int) -> Handle:
+        if isinstance(text, Embeddings):
+            return self.backend.encode_text(text)
+        ids = TokenIds(self.tokenizer(text.clip), self.tokenizer_2(text.t5, length))
+        key = (ids.clip.tobytes(), ids.t5.tobytes())
+        return self.text_memo.get(key, lambda: self.backend.encode_text(ids))
+
+    def _encode_image(self, picture: Picture) -> Handle:
+        digest = hashlib.blake2b(np.ascontiguousarray(picture).data, digest_size=16).digest()
+        key = (digest, picture.shape, picture.dtype.str)
+        return self.image_memo.get(key, lambda: self.backend.encode_image(picture))
+
+    def _sigmas(self, target: Size, sampling: Sampling) -> Floats:
+        width, height = self.grid.tokens(target)
+        return sigmas_for(
+            self.scheduler, width * height, sampling.num_inference_steps, sampling.sigmas
+        )
+
+    def _text_length(self, asked: int | None) -> int:
+        limit = self.tokenizer_2.model_max_length
+        if asked is not None and not 2 <= asked <= limit:
+            raise InvalidInputError(f"max_sequence_length: expected 2 to {limit}, found {asked}")
+        return asked or limit
+
+
+def _load_backend(checkpoint: Checkpoint, backend: str, device: str, precision: str) -> Backend:
+    """Choose, load and report; what is asked for by name is never replaced silently."""
+    _check_choice("backend", backend, ("auto", "native"))
+    if find_spec("torch") is None:
+        raise BackendUnavailableError(
+            "expected torch for the native backend, found none; "
+            "install it with: pip install 'fluxkontext[torch]'"
+        )
+    from .backends.native import NativeBackend
+
+    loaded = NativeBackend(checkpoint, device, precision)
+    _log.info("%s: native backend on %s in %s", checkpoint.name, loaded.device, loaded.precision)
+    return loaded
+
+
+def _check_choice(label: str, found: object, choices: Sequence[str]) -> None:
+    if found not in choices:
+        raise InvalidInputError(f"{label}: expected one of {', '.join(choices)}, found {found!r}")
+
+
+def _check_number(label: str, found: float) -> None:
+    if not math.isfinite(found):
+        raise InvalidInputError(f"{label}: expected a finite number, found {found}")

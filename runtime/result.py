@@ -1,0 +1,97 @@
+"""What a call returns: the pictures, and all that is needed to make them again."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .geometry import Size, Transform
+from .jobs import Job
+from .request import Prompt
+
+OUTPUT_TYPES = ("pil", "np", "latent")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The settings that all pictures of a call share."""
+
+    num_inference_steps: int
+    sigmas: tuple[float, ...] | None
+    guidance_scale: float
+    true_cfg_scale: float
+    context_layout: str
+    auto_resize: bool
+    max_sequence_length: int
+
+
+@dataclass(frozen=True)
+class EditResult:
+    """The pictures of a call, in the order of its edits.
+
+    images: PIL images; or arrays ``[H, W, 3]`` float32 in 0..1 (``np``); or packed latents
+    ``[tokens, features]`` float32 (``latent``); arrays of one shape come stacked as one.
+    seeds: of each picture, None where a generator or latents were given. transforms: for each
+    picture, how each of its contexts maps onto it. settings: for each picture, what made it, ready
+    for JSON. timings: seconds by stage.
+    """
+
+    images: Any
+    seeds: list[int | None]
+    transforms: list[list[Transform]]
+    settings: list[dict[str, Any]]
+    timings: dict[str, float]
+
+
+def assemble(
+    jobs: Sequence[Job],
+    sampling: Sampling,
+    about: dict[str, str],
+    output_type: str,
+    timings: dict[str, float],
+) -> EditResult:
+    """Make the result of finished jobs; ``about`` says what ran them."""
+    outputs: Any = [job.output for job in jobs]
+    if output_type == "pil":
+        outputs = [Image.fromarray(pixels) for pixels in outputs]
+    else:
+        if output_type == "np":
+            outputs = [pixels.astype(np.float32) / 255 for pixels in outputs]
+        if len({array.shape for array in outputs}) == 1:
+            outputs = np.stack(outputs)
+    return EditResult(
+        images=outputs,
+        seeds=[job.seed for job in jobs],
+        transforms=[job.transforms for job in jobs],
+        settings=[_settings(job, i, sampling, about) for i, job in enumerate(jobs)],
+        timings=timings,
+    )
+
+
+def _settings(job: Job, index: int, sampling: Sampling, about: dict[str, str]) -> dict[str, Any]:
+    """What made one picture, as JSON; what was not used is left out."""
+    texts = {"": job.edit.text, "negative_": job.edit.negative}
+    prompts = {}
+    for kind, text in texts.items():
+        if isinstance(text, Prompt):
+            prompts[f"{kind}prompt"] = text.clip
+            if text.t5 != text.clip:
+                prompts[f"{kind}prompt_2"] = text.t5
+    shared = {key: value for key, value in asdict(sampling).items() if value is not None}
+    if job.edit.negative is None:
+        del shared["true_cfg_scale"]
+    return {
+        **about,
+        **prompts,
+        "seed": job.seed,
+        "index": index,  # which draw of the seed's stream
+        "size": _size(job.target),
+        "contexts": [{"source": _size(t.source), "model": _size(t.model)} for t in job.transforms],
+        **shared,
+    }
+
+
+def _size(size: Size) -> str:
+    return f"{size[0]}x{size[1]}"

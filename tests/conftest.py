@@ -1,0 +1,58 @@
+"""The namespace, the environment and the markers that all tests share."""
+
+import os
+import sys
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# `fluxkontext` is this checkout, whatever is installed: otherwise a second clone could silently
+# test the first one's code.
+for name in [name for name in sys.modules if name.partition(".")[0] == "fluxkontext"]:
+    del sys.modules[name]
+_spec = ModuleSpec("fluxkontext", loader=None, is_package=True)
+_spec.submodule_search_locations = [str(ROOT)]
+sys.modules["fluxkontext"] = module_from_spec(_spec)
+
+# Read by torch and the Hugging Face libraries when a test first imports them. The models here are
+# tiny: more threads than this only wait for each other, and none may be fetched.
+_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+os.environ.setdefault("OMP_NUM_THREADS", str(min(4, _cores)))
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
+settings.load_profile("repeatable")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none; torch is imported only if a test asks."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    try:
+        import torch
+    except ImportError:
+        reason = "needs torch, which is not installed"
+    else:
+        if torch.cuda.is_available():
+            return
+        reason = "needs a CUDA device: torch.cuda.is_available() is false"
+    for item in marked:
+        item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def namespace_env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a subprocess in which `fluxkontext` is this checkout.
+
+    Start it in another folder than the repository's root.
+    """
+    folder = tmp_path_factory.mktemp("namespace")
+    (folder / "fluxkontext").symlink_to(ROOT, target_is_directory=True)
+    return {**os.environ, "PYTHONPATH": str(folder)}
