@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -95,43 +96,56 @@ def find(model: str | os.PathLike[str], parts: Mapping[str, str | os.PathLike[st
     Raises CheckpointError for anything that is missing or is not what its name says.
     """
     root = _resolve(model)
-    everything = read_headers([root]) if root.is_file() else None
-    where: dict[str, Path] = {}
-    components: dict[str, Component[Any]] = {}
-    missing = []
-    for part in PARTS:
-        if part in parts:
-            where[part] = _part_of(_resolve(parts[part]), part)
-        elif everything is None:
-            where[part] = root / part
-        elif part in KINDS and (found := recognise(part, everything, None)):
-            components[part] = found
-        elif part == "transformer":
-            raise CheckpointError(
-                f"{root}: expected a FLUX transformer (BFL, ComfyUI or diffusers names), found "
-                f"tensors {_first_names(everything)}"
-            )
-        else:
-            missing.append(part)
-    if missing:
+    sources = {part: _part_of(_resolve(path), part) for part, path in parts.items()}
+    if root.is_dir():
+        _check_pipeline(root)
+        scheduler = SchedulerConfig.from_json(
+            read_json(root / "scheduler" / "scheduler_config.json")
+        )
+        sources = {part: root / part for part in PARTS} | sources
+        networks = {}
+    else:
+        scheduler = SchedulerConfig()
+        networks = _networks_in(root)
+    if missing := [part for part in PARTS if part not in sources and part not in networks]:
         flags = ", ".join("--" + part.replace("_", "-") for part in missing)
         raise CheckpointError(
             f"{root}: expected a whole model, found a single file without {', '.join(missing)}; "
             f"name a folder or file for each with {flags}"
         )
-    for part in KINDS:
-        if part not in components:
-            components[part] = open_component(part, where[part])
-    scheduler = root / "scheduler" / "scheduler_config.json"
+    networks |= {part: open_component(part, sources[part]) for part in KINDS if part in sources}
     return Checkpoint(
         name=str(model),
-        **components,
-        tokenizer=where["tokenizer"],
-        tokenizer_2=where["tokenizer_2"],
-        scheduler=SchedulerConfig()
-        if everything
-        else SchedulerConfig.from_json(read_json(scheduler)),
+        **networks,
+        tokenizer=sources["tokenizer"],
+        tokenizer_2=sources["tokenizer_2"],
+        scheduler=scheduler,
     )
+
+
+def _check_pipeline(root: Path) -> None:
+    """A diffusers folder of FLUX.1; those of its other pipelines have the same networks."""
+    if not (root / "model_index.json").exists():
+        raise CheckpointError(
+            f"{root}: expected a diffusers folder (with model_index.json), found one without"
+        )
+    kind = str(read_json(root / "model_index.json").get("_class_name"))
+    if not kind.startswith("Flux") or kind.startswith("Flux2"):
+        raise CheckpointError(
+            f"{root}: expected a FluxKontextPipeline, found a {kind}; this runtime is for FLUX.1"
+        )
+
+
+def _networks_in(file: Path) -> dict[str, Component[Any]]:
+    """The networks of a single file: the transformer, and perhaps others."""
+    weights = read_headers([file])
+    found = {part: network for part in KINDS if (network := recognise(part, weights, None))}
+    if "transformer" not in found:
+        raise CheckpointError(
+            f"{file}: expected a FLUX transformer (BFL, ComfyUI or diffusers names), found "
+            f"tensors {_first_names(weights)}"
+        )
+    return found
 
 
 def open_component(part: str, path: Path) -> Component[Any]:
@@ -156,33 +170,40 @@ def recognise(
 ) -> Component[Any] | None:
     """See whether ``weights`` hold this component, under which prefix and in which layout."""
     kind = KINDS[part]
-    for prefix in kind.prefixes:
-        for layout, marker in kind.markers.items():
-            if prefix + marker not in weights.tensors:
-                continue
-            own = weights.under(prefix)
-            tensors = {k: v for k, v in own.tensors.items() if k not in kind.optional}
-            # in a file of several networks, a tensor of none of them is as unexpected as ever
-            tensors |= (
-                {k: v for k, v in weights.tensors.items() if not k.startswith(_PREFIXES)}
-                if prefix
-                else {}
-            )
-            own = WeightIndex(tensors, own.scales, own.metadata)
-            if config is not None:
-                shape = kind.config.from_json(config)
-            elif layout == "diffusers":  # renamed tensors alone do not say more than the published
-                shape = kind.config()
-            else:
-                try:
-                    shape = kind.config.from_shapes(own.shapes)
-                except (KeyError, IndexError, ValueError, ZeroDivisionError):
-                    raise CheckpointError(
-                        f"{part}: expected the tensors of a FLUX {part}, found only some of them: "
-                        f"{_first_names(own)}"
-                    ) from None
+    for prefix, (layout, marker) in product(kind.prefixes, kind.markers.items()):
+        if prefix + marker in weights.tensors:
+            own = _own_tensors(weights, prefix, kind.optional)
+            shape = _config_of(part, layout, own, config)
             return Component(part, own, shape, layout, _locate(layout, shape))
     return None
+
+
+def _own_tensors(weights: WeightIndex, prefix: str, optional: frozenset[str]) -> WeightIndex:
+    """The tensors under ``prefix``; one that is under no known prefix is as unexpected as ever."""
+    own = weights.under(prefix)
+    tensors = {key: tensor for key, tensor in own.tensors.items() if key not in optional}
+    if prefix:
+        strays = (key for key in weights.tensors if not key.startswith(_PREFIXES))
+        tensors |= {key: weights.tensors[key] for key in strays}
+    return WeightIndex(tensors, own.scales, own.metadata)
+
+
+def _config_of(
+    part: str, layout: str, weights: WeightIndex, config: Mapping[str, Any] | None
+) -> Any:
+    """From its JSON; else from the tensors; else, for renamed ones, the published shape."""
+    kind = KINDS[part].config
+    if config is not None:
+        return kind.from_json(config)
+    if layout == "diffusers":
+        return kind()
+    try:
+        return kind.from_shapes(weights.shapes)
+    except (KeyError, IndexError, ValueError, ZeroDivisionError):
+        raise CheckpointError(
+            f"{part}: expected all tensors of a FLUX {part}, found only some of them, such as "
+            f"{_first_names(weights)}"
+        ) from None
 
 
 def _locate(layout: str, config: object) -> Locate:
@@ -205,17 +226,8 @@ def _first_names(weights: WeightIndex) -> str:
 def _resolve(model: str | os.PathLike[str]) -> Path:
     """A path as it is; a hub id as its snapshot in the local cache."""
     path = Path(model).expanduser()
-    if path.is_file():
+    if path.exists():
         return path
-    if path.is_dir():
-        if any(
-            (path / name).exists() for name in ("model_index.json", "config.json", *_TOKEN_FILES)
-        ):
-            return path
-        raise CheckpointError(
-            f"{path}: expected a diffusers folder (with model_index.json) or a safetensors file, "
-            "found a folder with neither"
-        )
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
         return _from_hub_cache(str(model))
     raise CheckpointError(
@@ -223,18 +235,12 @@ def _resolve(model: str | os.PathLike[str]) -> Path:
     )
 
 
-_TOKEN_FILES = ("tokenizer.json", "vocab.json", "tokenizer_config.json")
-
-
 def _from_hub_cache(repo: str) -> Path:
     home = os.environ.get("HF_HOME", "~/.cache/huggingface")
     cache = Path(os.environ.get("HF_HUB_CACHE", Path(home) / "hub")).expanduser()
     folder = cache / f"models--{repo.replace('/', '--')}"
-    try:
-        snapshot = folder / "snapshots" / (folder / "refs" / "main").read_text().strip()
-    except OSError:
-        snapshot = folder / "snapshots" / "none"
-    if snapshot.is_dir():
+    main = folder / "refs" / "main"
+    if main.is_file() and (snapshot := folder / "snapshots" / main.read_text().strip()).is_dir():
         return snapshot
     raise CheckpointError(
         f"{repo}: expected a path or a model in the local cache {cache}, found neither; accept its "

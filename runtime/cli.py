@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .about import VERSION
-from .errors import InvalidInputError, KontextError
+from .errors import KontextError
 
 INTERRUPTED = 130
 _PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
@@ -143,14 +143,14 @@ def _size(text: str) -> tuple[int, int] | None:
 
 def _make(args: argparse.Namespace) -> None:
     """`edit` and `generate`."""
-    from .images import check_output, open_picture, save
+    from .images import check_output, open_picture
+    from .pipeline import KontextPipeline
+    from .result import numbered
 
-    outputs = _outputs(args.output, args.num_images)
-    for output in outputs:
-        check_output(output)
+    for output in numbered(args.output, args.num_images):
+        check_output(output)  # before any work is done
     images = [open_picture(path) for path in args.images]
     width, height = args.size or (None, None)
-    from .pipeline import KontextPipeline
 
     parts = {part: value for part in _PARTS if (value := getattr(args, part)) is not None}
     with KontextPipeline.from_pretrained(
@@ -173,8 +173,7 @@ def _make(args: argparse.Namespace) -> None:
             deadline=args.deadline,
             progress=not args.quiet and not args.json and sys.stderr.isatty(),
         )
-    for picture, output, settings in zip(result.images, outputs, result.settings, strict=True):
-        save(picture, output, None if args.no_metadata else settings)
+    outputs = result.save(args.output, metadata=not args.no_metadata)
     if args.json:
         report = {
             "outputs": [str(output) for output in outputs],
@@ -185,14 +184,6 @@ def _make(args: argparse.Namespace) -> None:
     else:
         for output, settings in zip(outputs, result.settings, strict=True):
             print(f"{output} ({settings['size']}, seed {settings['seed']})")
-
-
-def _outputs(output: Path, count: int) -> list[Path]:
-    if count < 1:
-        raise InvalidInputError(f"--num-images: expected at least 1, found {count}")
-    if count == 1:
-        return [output]
-    return [output.with_stem(f"{output.stem}-{i + 1}") for i in range(count)]
 
 
 def _inspect(args: argparse.Namespace) -> None:

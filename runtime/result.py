@@ -1,13 +1,17 @@
 """What a call returns: the pictures, and all that is needed to make them again."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from .errors import InvalidInputError
 from .geometry import Size, Transform
+from .images import check_output, save
 from .jobs import Job
 from .request import Prompt
 
@@ -43,6 +47,28 @@ class EditResult:
     transforms: list[list[Transform]]
     settings: list[dict[str, Any]]
     timings: dict[str, float]
+
+    def save(self, path: str | os.PathLike[str], *, metadata: bool = False) -> list[Path]:
+        """Write the pictures: to ``path``, or to several, numbered from ``-1``, beside it.
+
+        Each is written whole or not at all. metadata: put the settings into PNGs, for
+        ``fluxkontext inspect``. Raises InvalidInputError for a path that cannot be written.
+        """
+        paths = numbered(Path(path), len(self.images))
+        for target in paths:
+            check_output(target)
+        for picture, target, settings in zip(self.images, paths, self.settings, strict=True):
+            if not isinstance(picture, Image.Image):
+                raise InvalidInputError("save: expected output_type 'pil', found arrays")
+            save(picture, target, settings if metadata else None)
+        return paths
+
+
+def numbered(path: Path, count: int) -> list[Path]:
+    """Where several pictures go: ``out-1.png``, ``out-2.png`` ...; a single one keeps its name."""
+    if count == 1:
+        return [path]
+    return [path.with_stem(f"{path.stem}-{i + 1}") for i in range(count)]
 
 
 def assemble(

@@ -139,7 +139,7 @@ class NativeBackend:
     def begin(self, batch: Batch) -> State:
         device, flux = self._device, self._flux
         contexts = [torch.cat(list(handles), dim=1) for handles in batch.contexts if handles]
-        latents = torch.from_numpy(batch.noise).to(device)
+        latents = torch.tensor(batch.noise, device=device)
         if contexts:
             context = flux.img_in(torch.cat(contexts))
         else:
