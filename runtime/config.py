@@ -5,7 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .arguments import shown
 from .errors import CheckpointError
+
+_MOST_LAYERS = 128
+_MOST_LEVELS = 8
+_MOST = 1e6
+"""Limits far above any real model: a damaged number must not become hours or terabytes."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Tensor name -> shape, in the canonical names of :mod:`.layouts`."""
@@ -41,6 +47,11 @@ class TransformerConfig:
         read.expect("out_channels", in_channels)
         heads = read.integer("num_attention_heads", 24)
         head_dim = read.integer("attention_head_dim", 128)
+        if heads * head_dim > 2**20:
+            raise CheckpointError(
+                f"transformer/config.json: expected a width of at most {2**20}, found {heads} "
+                f"heads of {head_dim}"
+            )
         axes = tuple(read.integers("axes_dims_rope", [16, 56, 56]))
         if sum(axes) != head_dim or any(dim % 2 for dim in axes) or len(axes) != 3:
             raise CheckpointError(
@@ -51,13 +62,13 @@ class TransformerConfig:
             in_channels=in_channels,
             hidden_size=heads * head_dim,
             num_heads=heads,
-            depth=read.integer("num_layers", 19),
-            depth_single_blocks=read.integer("num_single_layers", 38),
+            depth=read.integer("num_layers", 19, _MOST_LAYERS),
+            depth_single_blocks=read.integer("num_single_layers", 38, _MOST_LAYERS),
             context_in_dim=read.integer("joint_attention_dim", 4096),
             vec_in_dim=read.integer("pooled_projection_dim", 768),
             mlp_hidden=4 * heads * head_dim,
             axes_dim=axes,
-            guidance_embed=bool(values.get("guidance_embeds", False)),
+            guidance_embed=read.boolean("guidance_embeds", False),
         )
 
     @classmethod
@@ -112,24 +123,30 @@ class VaeConfig:
         read.expect("act_fn", "silu")
         read.expect("mid_block_add_attention", True)
         for conv in ("use_quant_conv", "use_post_quant_conv"):
-            if values.get(conv, True):  # diffusers' default
+            if read.boolean(conv, True):  # diffusers' default
                 raise CheckpointError(
                     f"vae/config.json: expected {conv} false as in FLUX, found true"
                 )
         blocks = tuple(read.integers("block_out_channels", [64]))
+        groups = read.integer("norm_num_groups", 32)
+        if len(blocks) > _MOST_LEVELS or any(width % groups for width in blocks):
+            raise CheckpointError(
+                f"vae/config.json: expected up to {_MOST_LEVELS} block_out_channels, multiples of "
+                f"norm_num_groups {groups}, found {shown(list(blocks))}"
+            )
         for name, block in (("down_block_types", "Down"), ("up_block_types", "Up")):
             read.expect(
                 name, [f"{block}{'En' if block == 'Down' else 'De'}coderBlock2D"] * len(blocks)
             )
         return cls(
             block_out_channels=blocks,
-            layers_per_block=read.integer("layers_per_block", 1),
+            layers_per_block=read.integer("layers_per_block", 1, _MOST_LAYERS),
             latent_channels=read.integer("latent_channels", 4),
-            norm_num_groups=read.integer("norm_num_groups", 32),
-            scaling_factor=float(values.get("scaling_factor", 0.18215)),
-            shift_factor=float(values.get("shift_factor") or 0.0),
-            force_upcast=bool(values.get("force_upcast", True)),
-            sample_size=read.integer("sample_size", 32),
+            norm_num_groups=groups,
+            scaling_factor=read.positive("scaling_factor", 0.18215),
+            shift_factor=read.number("shift_factor", 0.0),
+            force_upcast=read.boolean("force_upcast", True),
+            sample_size=read.integer("sample_size", 32, 8192, 2 ** len(blocks)),
         )
 
     @classmethod
@@ -163,15 +180,22 @@ class ClipConfig:
         """Read ``text_encoder/config.json`` (``CLIPTextModel``)."""
         read = _Reader("text_encoder/config.json", values)
         read.expect("hidden_act", "quick_gelu")
+        hidden = read.integer("hidden_size", 512)
+        heads = read.integer("num_attention_heads", 8)
+        if hidden % heads:
+            raise CheckpointError(
+                f"text_encoder/config.json: expected hidden_size to be a multiple of "
+                f"num_attention_heads {heads}, found {hidden}"
+            )
         return cls(
             vocab_size=read.integer("vocab_size", 49408),
-            hidden_size=read.integer("hidden_size", 512),
+            hidden_size=hidden,
             intermediate_size=read.integer("intermediate_size", 2048),
-            num_hidden_layers=read.integer("num_hidden_layers", 12),
-            num_attention_heads=read.integer("num_attention_heads", 8),
+            num_hidden_layers=read.integer("num_hidden_layers", 12, _MOST_LAYERS),
+            num_attention_heads=heads,
             max_position_embeddings=read.integer("max_position_embeddings", 77),
-            layer_norm_eps=float(values.get("layer_norm_eps", 1e-5)),
-            eos_token_id=read.integer("eos_token_id", 49407),
+            layer_norm_eps=read.positive("layer_norm_eps", 1e-5),
+            eos_token_id=read.integer("eos_token_id", 49407, least=0),
         )
 
     @classmethod
@@ -207,16 +231,23 @@ class T5Config:
         """Read ``text_encoder_2/config.json`` (``T5EncoderModel``)."""
         read = _Reader("text_encoder_2/config.json", values)
         read.expect("feed_forward_proj", "gated-gelu")
+        buckets = read.integer("relative_attention_num_buckets", 32, least=4)
+        distance = read.integer("relative_attention_max_distance", 128)
+        if distance <= buckets // 4:  # the buckets beyond are logarithmic in what is left
+            raise CheckpointError(
+                f"text_encoder_2/config.json: expected relative_attention_max_distance above "
+                f"{buckets // 4}, found {distance}"
+            )
         return cls(
             vocab_size=read.integer("vocab_size", 32128),
             d_model=read.integer("d_model", 512),
             d_kv=read.integer("d_kv", 64),
             d_ff=read.integer("d_ff", 2048),
-            num_layers=read.integer("num_layers", 6),
+            num_layers=read.integer("num_layers", 6, _MOST_LAYERS),
             num_heads=read.integer("num_heads", 8),
-            relative_attention_num_buckets=read.integer("relative_attention_num_buckets", 32),
-            relative_attention_max_distance=read.integer("relative_attention_max_distance", 128),
-            layer_norm_epsilon=float(values.get("layer_norm_epsilon", 1e-6)),
+            relative_attention_num_buckets=buckets,
+            relative_attention_max_distance=distance,
+            layer_norm_epsilon=read.positive("layer_norm_epsilon", 1e-6),
         )
 
     @classmethod
@@ -247,22 +278,49 @@ class _Reader:
         found = self.values.get(name)
         if found is not None and found != wanted:
             raise CheckpointError(
-                f"{self.file}: expected {name} {wanted}, found {found}; this is not FLUX.1 Kontext"
+                f"{self.file}: expected {name} {wanted}, found {shown(found)}; "
+                "this is not FLUX.1 Kontext"
             )
 
-    def integer(self, name: str, default: int) -> int:
+    def integer(self, name: str, default: int, most: int = 2**20, least: int = 1) -> int:
         found = self.values.get(name, default)
-        if isinstance(found, bool) or not isinstance(found, int) or found < 0:
+        if type(found) is not int or not least <= found <= most:
             raise CheckpointError(
-                f"{self.file}: expected {name} to be a whole number, found {found!r}"
+                f"{self.file}: expected {name} to be a whole number from {least} to {most}, "
+                f"found {shown(found)}"
             )
+        return found
+
+    def boolean(self, name: str, default: bool) -> bool:
+        found = self.values.get(name, default)
+        if not isinstance(found, bool):
+            raise CheckpointError(
+                f"{self.file}: expected {name} to be true or false, found {shown(found)}"
+            )
+        return found
+
+    def number(self, name: str, default: float) -> float:
+        """null is the default, as in diffusers."""
+        found = self.values.get(name)
+        found = default if found is None else found
+        if type(found) not in (int, float) or not abs(found) <= _MOST:
+            raise CheckpointError(
+                f"{self.file}: expected {name} to be a number, found {shown(found)}"
+            )
+        return float(found)
+
+    def positive(self, name: str, default: float) -> float:
+        found = self.number(name, default)
+        if found <= 0:
+            raise CheckpointError(f"{self.file}: expected {name} to be above 0, found {found}")
         return found
 
     def integers(self, name: str, default: list[int]) -> list[int]:
         found = self.values.get(name, default)
-        if not isinstance(found, list) or not all(type(n) is int and n > 0 for n in found):
+        well = isinstance(found, list) and all(type(n) is int and 0 < n <= 2**20 for n in found)
+        if not well or not found:
             raise CheckpointError(
-                f"{self.file}: expected {name} to be positive whole numbers, found {found!r}"
+                f"{self.file}: expected {name} to be positive whole numbers, found {shown(found)}"
             )
         return found
 

@@ -9,6 +9,10 @@ class KontextError(Exception):
 
     exit_code = 1
 
+    def __init__(self, message: str = "") -> None:
+        """Names out of files may hold line breaks and control characters; a message does not."""
+        super().__init__("".join(c if c.isprintable() else " " for c in message))
+
 
 class BackendUnavailableError(KontextError):
     """A backend, device or precision was asked for that this machine cannot run."""

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from .arguments import shown, whole
 from .errors import CheckpointError, InvalidInputError
 
+MAX_STEPS = 10_000
+_MOST_TOKENS = 2**18  # of the largest picture
 _UNSUPPORTED = (
     "use_karras_sigmas",
     "use_exponential_sigmas",
@@ -48,7 +51,24 @@ class SchedulerConfig:
             )
         known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
         # diffusers defaults to static shifting when the file does not say otherwise
-        return cls(**{"use_dynamic_shifting": False, "shift": 1.0, **known})  # type: ignore[arg-type]
+        known = {"use_dynamic_shifting": False, "shift": 1.0, **known}
+        for name, found in known.items():
+            flag = name == "use_dynamic_shifting"
+            if not isinstance(found, bool if flag else int | float) or (
+                not flag and (isinstance(found, bool) or not abs(found) <= 1e6)
+            ):
+                raise CheckpointError(
+                    f"scheduler_config.json: expected {name} to be "
+                    f"{'true or false' if flag else 'a number'}, found {shown(found)}"
+                )
+        config = cls(**known)  # type: ignore[arg-type]
+        spread = config.max_image_seq_len - config.base_image_seq_len
+        if config.shift <= 0 or not spread or not abs(config.mu(_MOST_TOKENS)) <= 100:
+            raise CheckpointError(
+                "scheduler_config.json: expected shifts as in FLUX.1 Kontext (0.5 and 1.15 for 256 "
+                f"and 4096 tokens, or a shift above 0), found {shown(known)}"
+            )
+        return config
 
     def mu(self, target_tokens: int) -> float:
         """The exponent of the shift for a target of so many tokens."""
@@ -69,10 +89,7 @@ def sigmas_for(
     sigmas: unshifted values instead of ``linspace(1, 1 / steps, steps)``, as in diffusers.
     """
     if sigmas is None:
-        if num_inference_steps < 1:
-            raise InvalidInputError(
-                f"num_inference_steps: expected at least 1, found {num_inference_steps}"
-            )
+        num_inference_steps = whole("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
         base = np.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps)
     else:
         base = np.asarray(sigmas, dtype=np.float64)

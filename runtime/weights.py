@@ -9,6 +9,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from .layouts import Locate, Piece
 FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 """Stored types that load: anything that converts to the compute type by a cast (and a scale)."""
 
+_NUMBER = re.compile(r"([0-9]{1,18})")
 _SCALE = re.compile(r"(?P<module>.+)\.(?:scale_weight|weight_scale)$")
 _MARKER = re.compile(r"(?:.*\.)?(?:scaled_fp8|scale_input|input_scale|comfy_quant|spiece_model)$")
 
@@ -83,7 +85,11 @@ def open_safetensors(file: Path, framework: str) -> Any:
         return safe_open(file, framework=framework)
     except FileNotFoundError:
         raise CheckpointError(f"{file}: expected a safetensors file, found none") from None
-    except (SafetensorError, OSError, MemoryError, ValueError) as error:
+    except OSError as error:
+        raise CheckpointError(
+            f"{file}: expected a readable safetensors file, found: {_one_line(error)}"
+        ) from None
+    except (SafetensorError, ValueError) as error:
         raise CheckpointError(
             f"{file}: expected a whole safetensors file, found a damaged one ({_one_line(error)}); "
             "download it again"
@@ -123,7 +129,7 @@ def read_json(file: Path) -> dict[str, Any]:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{file}: expected a JSON file, found none") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: expected JSON, found {_one_line(error)}") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{file}: expected a JSON object, found {type(values).__name__}")
@@ -148,7 +154,7 @@ def match(
             continue
         stored = [index.tensors[piece.key] for piece in pieces]
         rows = sum(
-            t.shape[0] // (1 if p.half is None else 2)
+            t.shape[0] / (1 if p.half is None else 2)
             for p, t in zip(pieces, stored, strict=True)
             if t.shape
         )
@@ -183,13 +189,13 @@ def match(
 
 def collapse(names: Iterable[str]) -> str:
     """Name many tensors briefly: ``blocks.{0-18}.qkv.weight`` for nineteen of them."""
-    groups: dict[str, list[tuple[int, ...]]] = defaultdict(list)
+    groups: dict[tuple[str, ...], list[tuple[int, ...]]] = defaultdict(list)
     for name in names:
-        numbers = tuple(int(n) for n in re.findall(r"\d+", name))
-        groups[re.sub(r"\d+", "{}", name)].append(numbers)
+        text = _NUMBER.split(name)
+        groups[tuple(text[::2])].append(tuple(map(int, text[1::2])))
     return ", ".join(
-        pattern.format(*(_span(column) for column in zip(*rows, strict=True)))
-        for pattern, rows in groups.items()
+        text[0] + "".join(map(add, map(_span, zip(*rows, strict=True)), text[1:]))
+        for text, rows in groups.items()
     )
 
 

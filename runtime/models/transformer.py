@@ -5,7 +5,7 @@ the channels of a head; S text tokens, T target tokens, C context tokens.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -52,9 +52,12 @@ class Flux(nn.Module):
         if self.guidance_in is not None:
             vec = vec + self.guidance_in(sinusoid(guidance).to(dtype))
         vec = F.silu(vec)  # [N, B, D]
-        parts = [m for m in self.modules() if isinstance(m, Modulation | LastModulation)]
-        rows = [row for part in parts for row in part(vec).chunk(part.rows, dim=-1)]
+        parts = [*self._modulations(), self.final_layer.adaLN_modulation[1]]
+        rows = [row for part in parts for row in part(vec)]  # each [N, B, D]
         return torch.stack(rows, dim=1).unsqueeze(-2)
+
+    def _modulations(self) -> "Iterator[Modulation]":
+        return (m for m in self.modules() if isinstance(m, Modulation))
 
     def rope(self, positions: Tensor, text_tokens: int) -> Tensor:
         """Rotation table ``[S + tokens, d / 2, 2]``; ``positions [tokens, 3]``, text lies at 0."""
@@ -133,8 +136,7 @@ class SingleStreamBlock(nn.Module):
         D = config.hidden_size
         self.kernels = kernels
         self.num_heads = config.num_heads
-        self.widths = [D, 2 * D, config.mlp_hidden]  # q | k v | mlp, the rows of linear1
-        self.linear1 = nn.Linear(D, sum(self.widths))
+        self.linear1 = FusedLinear(D, [D, D, D, config.mlp_hidden])
         self.linear2 = nn.Linear(D + config.mlp_hidden, D)
         self.norm = QKNorm(config.head_dim)
         self.modulation = Modulation(D, 3)
@@ -148,15 +150,12 @@ class SingleStreamBlock(nn.Module):
         normed = ops.modulate(x, shift, scale)
         q_rope = rope
         if keep is None:
-            q, kv, up = self.linear1(normed).split(self.widths, dim=-1)
+            q, k, v, up = self.linear1(normed)
         else:
-            wq, wkv, wup = self.linear1.weight.split(self.widths)
-            bq, bkv, bup = self.linear1.bias.split(self.widths)
-            kv = F.linear(normed, wkv, bkv)
+            k, v = self.linear1.part(normed, 1, 3)
             x, normed, q_rope = x[:, keep], normed[:, keep], rope[keep]
-            q, up = F.linear(normed, wq, bq), F.linear(normed, wup, bup)
-        q = q.unflatten(-1, (self.num_heads, -1))
-        k, v = kv.unflatten(-1, (2, self.num_heads, -1)).unbind(2)
+            (q,), (up,) = self.linear1.part(normed, 0, 1), self.linear1.part(normed, 3, 4)
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))
         q = ops.norm_rope(q, self.norm.query_norm.scale, q_rope)
         k = ops.norm_rope(k, self.norm.key_norm.scale, rope)
         both = torch.cat((ops.attention(q, k, v), ops.gelu(up)), dim=-1)
@@ -172,13 +171,13 @@ class SelfAttention(nn.Module):
         D = config.hidden_size
         self.kernels = kernels
         self.num_heads = config.num_heads
-        self.qkv = nn.Linear(D, 3 * D)
+        self.qkv = FusedLinear(D, [D, D, D])
         self.norm = QKNorm(config.head_dim)
         self.proj = nn.Linear(D, D)
 
     def forward(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``x [B, tokens, D]`` to q, k, v, each ``[B, tokens, H, d]``, q and k rotated."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in self.qkv(x))
         q = self.kernels.norm_rope(q, self.norm.query_norm.scale, rope)
         k = self.kernels.norm_rope(k, self.norm.key_norm.scale, rope)
         return q, k, v
@@ -191,7 +190,8 @@ class LastLayer(nn.Module):
         super().__init__()
         self.kernels = kernels
         self.linear = nn.Linear(config.hidden_size, config.in_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), LastModulation(config.hidden_size, 2))
+        D = config.hidden_size
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), FusedLinear(D, [D, D]))
 
     def forward(self, x: Tensor, rows: Sequence[Tensor]) -> Tensor:
         shift, scale = rows
@@ -207,17 +207,25 @@ class Modulation(nn.Module):
         self.rows = rows
         self.lin = nn.Linear(dim, rows * dim)
 
-    def forward(self, vec: Tensor) -> Tensor:
-        out: Tensor = self.lin(vec)
-        return out
+    def forward(self, vec: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.lin(vec).chunk(self.rows, dim=-1))
 
 
-class LastModulation(nn.Linear):
-    """The same for the last layer, whose tensors are named without ``lin``."""
+class FusedLinear(nn.Linear):
+    """Several projections of one input as one matrix; ``widths`` are their rows in order."""
 
-    def __init__(self, dim: int, rows: int) -> None:
-        super().__init__(dim, rows * dim)
-        self.rows = rows
+    def __init__(self, in_dim: int, widths: Sequence[int]) -> None:
+        super().__init__(in_dim, sum(widths))
+        self.widths = list(widths)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return tuple(super().forward(x).split(self.widths, dim=-1))
+
+    def part(self, x: Tensor, start: int, stop: int) -> tuple[Tensor, ...]:
+        """Only the projections ``start`` to ``stop``."""
+        rows = slice(sum(self.widths[:start]), sum(self.widths[:stop]))
+        out = F.linear(x, self.weight[rows], self.bias[rows])
+        return tuple(out.split(self.widths[start:stop], dim=-1))
 
 
 class MLPEmbedder(nn.Module):

@@ -204,7 +204,12 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm(x)
-        q, k, v = (proj(normed).flatten(2).transpose(1, 2) for proj in (self.q, self.k, self.v))
+        q, k, v = (
+            # contiguous: torch's fused attention takes nothing else, and the other one needs a
+            # matrix of places x places
+            proj(normed).flatten(2).transpose(1, 2).contiguous()
+            for proj in (self.q, self.k, self.v)
+        )
         mixed = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
         out: Tensor = x + self.proj_out(mixed.transpose(1, 2).unflatten(2, x.shape[-2:]))
         return out
