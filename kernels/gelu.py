@@ -1,9 +1,100 @@
-"""GELU in its tanh form, the activation of FLUX's feed-forwards."""
+"""GELU in its tanh form, the activation of FLUX's feed-forwards.
 
+The kernel can write FP8 straight into the columns of the next product's input, with a scale a row,
+or with one scale known beforehand, which other columns of the same rows can share.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
+
+from .launch import Launch
+from .quantize import quantized
+
+_SQRT_8_OVER_PI = tl.constexpr(1.5957691216057308)
+_CUBIC = tl.constexpr(0.044715)
+"""Constants of the tanh form: Hendrycks & Gimpel, arXiv 1606.08415, section 2."""
 
 
 def gelu_ref(x: Tensor) -> Tensor:
     """Tanh-approximated GELU, elementwise."""
     return F.gelu(x, approximate="tanh")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A program takes one row, all of it in registers."""
+
+    warps: int
+
+
+def config(width: int) -> Config:
+    """Up to 32 elements a thread."""
+    return Config(warps=min(max(triton.next_power_of_2(width) // (32 * 32), 1), 16))
+
+
+@triton.jit
+def activated(x):
+    """GELU of float32 ``x``: ``(1 + tanh(u)) / 2`` is ``1 / (1 + exp(-2u))``."""
+    return x / (1 + tl.exp((x + x * x * x * _CUBIC) * -_SQRT_8_OVER_PI))
+
+
+@triton.jit
+def _gelu_kernel(
+    x_ptr, out_ptr, row_scale_ptr, scale_ptr, x_row, out_row,
+    N: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid: (rows,). With a scale for rows it is computed, with one for all it is given."""
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * x_row + n, n < N, 0.0)
+    y = activated(x.to(tl.float32))
+    if row_scale_ptr is not None:
+        y, row_scale = quantized(y)
+        tl.store(row_scale_ptr + row, row_scale)
+    elif scale_ptr is not None:
+        y = (y / tl.load(scale_ptr)).to(tl.float8e4nv)
+    tl.store(out_ptr + row * out_row + n, y.to(out_ptr.dtype.element_ty), n < N)
+
+
+def launch_gelu(
+    out: Tensor, x: Tensor, row_scale: Tensor | None = None, scale: Tensor | None = None
+) -> Launch:
+    """Write GELU of ``x [M, N]`` into ``out [M, N]``; rows of both may be strided.
+
+    row_scale: ``[M, 1]`` float32 to be written, or scale: ``[1]`` float32 to be used; with either,
+    ``out`` is E4M3, and what exceeds its range saturates.
+    """
+    rows, width = x.shape
+    assert out.shape == x.shape, (out.shape, x.shape)
+    assert x.stride(1) == out.stride(1) == 1, "strided rows"
+    assert row_scale is None or scale is None, "one scale a row, or one for all"
+    assert row_scale is None or row_scale.is_contiguous(), row_scale
+    args = {
+        "x_ptr": x, "out_ptr": out, "row_scale_ptr": row_scale, "scale_ptr": scale,
+        "x_row": x.stride(0), "out_row": out.stride(0),
+        "N": width, "BLOCK": triton.next_power_of_2(width),
+    }  # fmt: skip
+    return Launch(_gelu_kernel, (rows,), args, config(width).warps)
+
+
+@torch.library.custom_op("fluxkontext::gelu", mutates_args=())
+def _gelu(x: Tensor) -> Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    launch_gelu(out.flatten(0, -2), x.flatten(0, -2))()
+    return out
+
+
+@_gelu.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """:func:`gelu_ref` as one kernel."""
+    out: Tensor = _gelu(x)
+    return out

@@ -8,6 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from .arguments import shown
 from .config import ClipConfig, T5Config, TransformerConfig, VaeConfig
 from .errors import CheckpointError
 from .layouts import Locate, diffusers_transformer, diffusers_vae, identity
@@ -95,8 +96,8 @@ def find(model: str | os.PathLike[str], parts: Mapping[str, str | os.PathLike[st
     model: a diffusers folder, a single file, or a hub id whose snapshot lies in the local cache.
     Raises CheckpointError for anything that is missing or is not what its name says.
     """
-    root = _resolve(model)
-    sources = {part: _part_of(_resolve(path), part) for part, path in parts.items()}
+    root = resolve(model)
+    sources = {part: _part_of(resolve(path), part) for part, path in parts.items()}
     if root.is_dir():
         _check_pipeline(root)
         scheduler = SchedulerConfig.from_json(
@@ -114,6 +115,7 @@ def find(model: str | os.PathLike[str], parts: Mapping[str, str | os.PathLike[st
             f"name a folder or file for each with {flags}"
         )
     networks |= {part: open_component(part, sources[part]) for part in KINDS if part in sources}
+    _check_fit(root, {part: network.config for part, network in networks.items()})
     return Checkpoint(
         name=str(model),
         **networks,
@@ -121,6 +123,21 @@ def find(model: str | os.PathLike[str], parts: Mapping[str, str | os.PathLike[st
         tokenizer_2=sources["tokenizer_2"],
         scheduler=scheduler,
     )
+
+
+def _check_fit(root: Path, configs: Mapping[str, Any]) -> None:
+    """Each network may be whole and yet be another model's."""
+    transformer = configs["transformer"]
+    for part, has, takes in (
+        ("vae", 4 * configs["vae"].latent_channels, transformer.in_channels),
+        ("text_encoder", configs["text_encoder"].hidden_size, transformer.vec_in_dim),
+        ("text_encoder_2", configs["text_encoder_2"].d_model, transformer.context_in_dim),
+    ):
+        if has != takes:
+            raise CheckpointError(
+                f"{root}: expected a {part} that gives the {takes} features a token that the "
+                f"transformer takes, found one that gives {has}; they are of different models"
+            )
 
 
 def _check_pipeline(root: Path) -> None:
@@ -182,10 +199,11 @@ def _own_tensors(weights: WeightIndex, prefix: str, optional: frozenset[str]) ->
     """The tensors under ``prefix``; one that is under no known prefix is as unexpected as ever."""
     own = weights.under(prefix)
     tensors = {key: tensor for key, tensor in own.tensors.items() if key not in optional}
+    scales = {key: scale for key, scale in own.scales.items() if key not in optional}
     if prefix:
         strays = (key for key in weights.tensors if not key.startswith(_PREFIXES))
         tensors |= {key: weights.tensors[key] for key in strays}
-    return WeightIndex(tensors, own.scales, own.metadata)
+    return WeightIndex(tensors, scales, own.metadata)
 
 
 def _config_of(
@@ -223,11 +241,17 @@ def _first_names(weights: WeightIndex) -> str:
     return ", ".join(list(weights.tensors)[:3]) or "none"
 
 
-def _resolve(model: str | os.PathLike[str]) -> Path:
+def resolve(model: str | os.PathLike[str]) -> Path:
     """A path as it is; a hub id as its snapshot in the local cache."""
     path = Path(model).expanduser()
-    if path.exists():
-        return path
+    try:
+        if path.exists():
+            return path
+    except OSError as error:  # too long a name, for one
+        raise CheckpointError(
+            f"{shown(str(model))}: expected a folder, a safetensors file or a hub id, "
+            f"found: {error.strerror}"
+        ) from None
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
         return _from_hub_cache(str(model))
     raise CheckpointError(
@@ -236,8 +260,9 @@ def _resolve(model: str | os.PathLike[str]) -> Path:
 
 
 def _from_hub_cache(repo: str) -> Path:
-    home = os.environ.get("HF_HOME", "~/.cache/huggingface")
-    cache = Path(os.environ.get("HF_HUB_CACHE", Path(home) / "hub")).expanduser()
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    hub = Path(os.environ.get("HF_HOME") or home) / "hub"
+    cache = Path(os.environ.get("HF_HUB_CACHE") or hub).expanduser()
     folder = cache / f"models--{repo.replace('/', '--')}"
     main = folder / "refs" / "main"
     if main.is_file() and (snapshot := folder / "snapshots" / main.read_text().strip()).is_dir():

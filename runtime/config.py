@@ -316,13 +316,13 @@ class _Reader:
         return found
 
     def integers(self, name: str, default: list[int]) -> list[int]:
-        found = self.values.get(name, default)
-        well = isinstance(found, list) and all(type(n) is int and 0 < n <= 2**20 for n in found)
-        if not well or not found:
+        found: Any = self.values.get(name, default)
+        numbers: list[int] = found if isinstance(found, list) else []
+        if not numbers or not all(type(n) is int and 0 < n <= 2**20 for n in numbers):
             raise CheckpointError(
                 f"{self.file}: expected {name} to be positive whole numbers, found {shown(found)}"
             )
-        return found
+        return numbers
 
 
 def _count(shapes: Shapes, pattern: str) -> int:

@@ -3,23 +3,32 @@
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from .about import VERSION
+from .bundle import open_bundle
 
 CORE = ("numpy", "pillow", "safetensors", "tokenizers", "tqdm")
-OPTIONAL = ("torch", "triton")
+OPTIONAL = ("onnxruntime", "onnxruntime-gpu", "torch", "triton")
 
 
-def diagnose() -> dict[str, Any]:
-    """Facts about this machine, as JSON: software, devices, and each backend with its reason."""
-    return {
+def diagnose(bundle: Path | None = None) -> dict[str, Any]:
+    """Facts about this machine, as JSON: software, devices, and each backend with its reason.
+
+    bundle: verified whole, large files too. Raises CorruptedError or CheckpointError for a bad one.
+    """
+    facts = {
         "fluxkontext": VERSION,
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in (*CORE, *OPTIONAL)},
-        "backends": {"native": _native()},
+        "backends": {"onnx": _onnx(), "native": _native()},
     }
+    if bundle is not None:
+        files = open_bundle(bundle, "always").manifest["files"]
+        facts["bundle"] = {"path": str(bundle), "files verified": len(files)}
+    return facts
 
 
 def _version(package: str) -> str | None:
@@ -27,6 +36,28 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _onnx() -> dict[str, Any]:
+    """The ONNX Runtime backend. Its two wheels hold the same module and overwrite each other."""
+    cpu, gpu = _version("onnxruntime"), _version("onnxruntime-gpu")
+    if cpu and gpu:
+        return {
+            "available": False,
+            "reason": "onnxruntime and onnxruntime-gpu overwrite each other: uninstall both, then "
+            "install one",
+        }
+    if not (cpu or gpu):
+        return {
+            "available": False,
+            "reason": "onnxruntime is not installed: pip install 'fluxkontext[cpu]'",
+        }
+    try:
+        import onnxruntime
+    except (ImportError, OSError) as error:
+        return {"available": False, "reason": f"onnxruntime does not import: {error}"}
+    providers = onnxruntime.get_available_providers()
+    return {"available": True, "reason": "runs bundles", "providers": providers}
 
 
 def _native() -> dict[str, Any]:

@@ -38,6 +38,12 @@ class CheckpointError(KontextError):
     exit_code = 3
 
 
+class CorruptedError(KontextError):
+    """A file of a bundle is not what its manifest says: damaged, or tampered with."""
+
+    exit_code = 6
+
+
 class OutOfMemoryError(KontextError, MemoryError):
     """The device or the host has too little memory for this work."""
 

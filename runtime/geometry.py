@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from .arguments import whole
 from .errors import InvalidInputError
 
 PREFERRED = (
@@ -106,12 +107,10 @@ class Grid:
         to whole tokens: diffusers' formula.
         """
         for name, side in (("height", height), ("width", width)):
-            if side is not None and not 1 <= side <= MAX_SIDE:
-                raise InvalidInputError(f"{name}: expected 1 to {MAX_SIDE} pixels, found {side}")
-        if max_area is not None and not self.multiple**2 <= max_area <= MAX_SIDE**2:
-            raise InvalidInputError(
-                f"max_area: expected {self.multiple**2} to {MAX_SIDE**2} pixels, found {max_area}"
-            )
+            if side is not None:
+                whole(name, side, 1, MAX_SIDE)
+        if max_area is not None:
+            whole("max_area", max_area, self.multiple**2, MAX_SIDE**2)
         if height is None and width is None and max_area is None:
             return context or (self._nearest(self.native), self._nearest(self.native))
         if height is None and width is None and context:

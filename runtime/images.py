@@ -1,5 +1,6 @@
 """Pictures in and out: anything a user may hold becomes 8-bit RGB, results become files."""
 
+import io
 import json
 import os
 import tempfile
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from .errors import InvalidInputError, KontextError
+from .files import whole_file
 
 MAX_PIXELS = 2**28
 """Pictures of more pixels (268 million) are refused: a decompression bomb, or a mistake."""
@@ -35,8 +37,20 @@ def open_picture(path: str | os.PathLike[str]) -> Image.Image:
         raise InvalidInputError(
             f"{path}: expected an image (PNG, JPEG, WebP ...), found something else"
         ) from None
-    except (OSError, Image.DecompressionBombError, ValueError, SyntaxError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file can raise anything in Pillow's readers
         raise InvalidInputError(f"{path}: expected a readable image, found: {error}") from None
+
+
+def read_picture(path: str | os.PathLike[str]) -> Pixels:
+    """8-bit RGB of an image file."""
+    with open_picture(path) as picture:
+        try:
+            return to_pixels(picture)
+        except InvalidInputError as error:
+            text = str(error).removeprefix("image: ")
+            raise InvalidInputError(f"{path}: {text}") from None
 
 
 def to_pixels(picture: Any) -> Pixels:
@@ -91,8 +105,11 @@ def resize(pixels: Pixels, width: int, height: int) -> Pixels:
 def _from_pil(picture: Image.Image) -> Pixels:
     _check_size(*picture.size)
     try:
-        picture = ImageOps.exif_transpose(picture)
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        picture.load()
+        picture = _upright(picture)
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file can raise anything in Pillow's readers
         raise InvalidInputError(f"image: expected a whole picture, found: {error}") from None
     if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
         array = np.asarray(picture)
@@ -100,17 +117,29 @@ def _from_pil(picture: Image.Image) -> Pixels:
             array = array.clip(0, 65535).astype(np.uint16)
         array = _to_uint8(array)
         return np.ascontiguousarray(np.broadcast_to(array[:, :, None], (*array.shape, 3)))
-    if picture.has_transparency_data:
-        rgba = picture.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        picture = Image.alpha_composite(white, rgba)
-    return np.asarray(picture.convert("RGB"))
+    try:
+        if picture.has_transparency_data:
+            rgba = (picture.convert("LA") if picture.mode == "La" else picture).convert("RGBA")
+            white = Image.new("RGBA", rgba.size, "white")
+            picture = Image.alpha_composite(white, rgba)
+        return np.asarray(picture.convert("RGB"))
+    except ValueError as error:  # LAB, for one, has no conversion without a profile
+        raise InvalidInputError(f"image: expected a picture of colours, found: {error}") from None
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(picture)
+    except MemoryError:
+        raise
+    except Exception:  # the pixels are whole, what is said about them is not
+        return picture
 
 
 def _to_uint8(array: NDArray[Any]) -> Pixels:
     if array.dtype == np.uint8:
         return array
-    if array.dtype == np.uint16:
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # of either byte order
         return (array / 257.0 + 0.5).astype(np.uint8)
     if array.dtype.kind == "f":
         if not np.isfinite(array).all():
@@ -129,6 +158,8 @@ def _to_uint8(array: NDArray[Any]) -> Pixels:
 
 
 def _check_size(width: int, height: int) -> None:
+    if width < 1 or height < 1:
+        raise InvalidInputError(f"image: expected at least one pixel, found {width}x{height}")
     if width * height > MAX_PIXELS:
         raise InvalidInputError(
             f"image: expected at most {MAX_PIXELS / 1e6:.0f} megapixels, found {width}x{height}; "
@@ -138,15 +169,26 @@ def _check_size(width: int, height: int) -> None:
 
 def check_output(path: Path) -> None:
     """Refuse an output that could not be written, before any work is done."""
-    if path.suffix.lower() not in Image.registered_extensions():
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    try:
+        Image.new("RGB", (1, 1)).save(io.BytesIO(), format=kind or "none")
+    except (KeyError, OSError, ValueError):  # unknown, or known for reading only
         raise InvalidInputError(
             f"{path}: expected an image file name (.png, .jpg, .webp), found '{path.suffix}'"
-        )
-    folder = path.parent
-    if not folder.is_dir() or path.is_dir():
+        ) from None
+    try:
+        there = path.parent.is_dir() and not path.is_dir()
+        taken = path.exists() and not os.access(path, os.W_OK)
+        if there and not taken:  # permissions do not tell: try it
+            tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise InvalidInputError(
+            f"{path}: expected a place that can be written, found: {error.strerror}"
+        ) from None
+    if not there:
         raise InvalidInputError(f"{path}: expected a file in an existing folder")
-    if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-        raise InvalidInputError(f"{path}: expected a place that can be written, found none")
+    if taken:
+        raise InvalidInputError(f"{path}: expected a file that can be written, found it read-only")
 
 
 def save(picture: Image.Image, path: Path, settings: Mapping[str, Any] | None) -> None:
@@ -154,19 +196,14 @@ def save(picture: Image.Image, path: Path, settings: Mapping[str, Any] | None) -
     options: dict[str, Any] = {"quality": 95} if path.suffix.lower() in (".jpg", ".jpeg") else {}
     if settings is not None and path.suffix.lower() == ".png":
         chunk = PngImagePlugin.PngInfo()
-        chunk.add_itxt(METADATA_KEY, json.dumps(settings, ensure_ascii=False))
+        text = json.dumps(settings, ensure_ascii=False)
+        chunk.add_itxt(METADATA_KEY, text.encode(errors="backslashreplace").decode())
         options["pnginfo"] = chunk
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with whole_file(path) as file:
             picture.save(file, format=Image.registered_extensions()[path.suffix.lower()], **options)
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException as error:
-        os.unlink(name)
-        if isinstance(error, OSError | ValueError):
-            raise KontextError(f"{path}: expected to write an image, found: {error}") from None
-        raise
+    except (OSError, ValueError) as error:
+        raise KontextError(f"{path}: expected to write an image, found: {error}") from None
 
 
 def read_settings(picture: Image.Image) -> dict[str, Any] | None:
@@ -174,12 +211,6 @@ def read_settings(picture: Image.Image) -> dict[str, Any] | None:
     text = picture.info.get(METADATA_KEY)
     try:
         settings = json.loads(text) if isinstance(text, str) else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return settings if isinstance(settings, dict) else None
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -6,12 +6,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from .bundle import MANIFEST, read_manifest
 from .checkpoint import KINDS, TOKENIZERS, Component, open_component, recognise
 from .errors import CheckpointError
 from .images import open_picture, read_settings
 from .weights import WeightIndex, read_headers
 
-_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+_BYTES = {"64": 8, "32": 4, "16": 2}
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -26,7 +27,9 @@ def inspect(path: Path) -> dict[str, Any]:
 
 
 def _folder(path: Path) -> dict[str, Any]:
-    """A diffusers folder, or the folder of one of its networks."""
+    """A bundle, a diffusers folder, or the folder of one of its networks."""
+    if (path / MANIFEST).exists():
+        return _bundle(path)
     if (path / "model_index.json").exists():
         networks = {part: _network(open_component(part, path / part)) for part in KINDS}
         tokenizers = [name for name in TOKENIZERS if (path / name).is_dir()]
@@ -38,6 +41,17 @@ def _folder(path: Path) -> dict[str, Any]:
         f"{path}: expected a diffusers folder (with model_index.json) or one of its networks "
         f"({', '.join(KINDS)}), found neither"
     )
+
+
+def _bundle(path: Path) -> dict[str, Any]:
+    """What a manifest says; only the manifest itself is verified (doctor verifies the files)."""
+    manifest = read_manifest(path)
+    return {
+        "kind": "bundle",
+        **{key: manifest[key] for key in ("software", "model", "precision", "components")},
+        "files": len(manifest["files"]),
+        "bytes": sum(entry["size"] for entry in manifest["files"].values()),
+    }
 
 
 def _single_file(path: Path) -> dict[str, Any]:
@@ -67,7 +81,7 @@ def _tensors(weights: WeightIndex) -> dict[str, Any]:
     return {
         "tensors": len(tensors),
         "parameters": sum(math.prod(t.shape) for t in tensors),
-        "bytes": sum(math.prod(t.shape) * _BYTES.get(t.dtype, 1) for t in tensors),
+        "bytes": sum(math.prod(t.shape) * _BYTES.get(t.dtype[-2:], 1) for t in tensors),
         "dtypes": dict(Counter(t.dtype for t in tensors)),
     }
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from .arguments import shown
 from .backend import Embeddings, Floats
 from .errors import InvalidInputError
 from .geometry import Grid, Size, Transform, pack
@@ -118,11 +119,22 @@ def _streams(jobs: Sequence[Job], seeds: Sequence[int] | int | None, generator: 
         for job in jobs:
             job.seed = seed
         return [NoiseStream(seed)] * len(jobs)
-    numbers = list(seeds)
-    _check_count("seed", numbers, jobs)
-    for job, number in zip(jobs, numbers, strict=True):
+    _check_count("seed", seeds, jobs)
+    for job, number in zip(jobs, seeds, strict=True):
         job.seed = int(number)
-    return [NoiseStream(int(number)) for number in numbers]
+    return [NoiseStream(int(number)) for number in seeds]
+
+
+def check_seeds(seeds: Any) -> None:
+    """None, a whole number, or a list of them."""
+    numbers = seeds if isinstance(seeds, list | tuple | np.ndarray) else [seeds]
+    for seed in numbers:
+        if isinstance(seed, bool) or not isinstance(seed, int | np.integer | None):
+            raise InvalidInputError(
+                f"seed: expected a whole number, or a list of them, found {shown(seed)}"
+            )
+        if seed is None and numbers is seeds:
+            raise InvalidInputError("seed: expected a whole number a picture, found None")
 
 
 def _check_count(label: str, found: Sequence[object], jobs: Sequence[Job]) -> None:

@@ -1,11 +1,9 @@
 """The editing pipeline: from a picture and a prompt to the edited picture, on any backend."""
 
 import hashlib
-import logging
-import math
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
 from threading import Event
 from typing import Any
 
@@ -13,24 +11,26 @@ import numpy as np
 from tqdm import tqdm
 
 from .about import VERSION
+from .arguments import choice, number, shown, whole
 from .backend import Backend, Batch, Embeddings, Floats, Handle, State, TokenIds
-from .checkpoint import PARTS, Checkpoint, find
+from .checkpoint import PARTS
 from .config import VaeConfig
-from .errors import BackendUnavailableError, InvalidInputError
-from .geometry import LAYOUTS, Grid, Size, position_ids
-from .jobs import Job, draw_noise, groups, place
+from .errors import InvalidInputError, KontextError
+from .geometry import LAYOUTS, MAX_SIDE, Grid, Size, position_ids
+from .jobs import Job, check_seeds, draw_noise, groups, place
+from .loader import load
 from .memo import Memo
 from .request import Picture, Text, packed_latents, pair, texts_of
 from .result import OUTPUT_TYPES, EditResult, Sampling, assemble
-from .schedule import SchedulerConfig, sigmas_for
-from .tokenizer import PromptTokenizer, load_tokenizer
+from .schedule import MAX_STEPS, SchedulerConfig, sigmas_for, unshifted
+from .tokenizer import PromptTokenizer
 from .turnstile import Turnstile
 from .watch import Watch
 
-_log = logging.getLogger(__name__)
-
 StepCallback = Callable[["KontextPipeline", int, float, dict[str, Any]], Mapping[str, Any] | None]
 _CALLBACK_INPUTS = ("latents",)
+MAX_EDITS = 1024
+"""Pictures of one prompt in a call; more is a mistake."""
 
 
 class KontextPipeline:
@@ -56,6 +56,8 @@ class KontextPipeline:
 
         memo_entries: how many prompts and how many context pictures are remembered; 0 for none.
         """
+        max_queue = whole("max_queue", max_queue, 0, sys.maxsize)
+        memo_entries = whole("memo_entries", memo_entries, 0, sys.maxsize)
         self.name = name
         self.backend = backend
         self.tokenizer = tokenizer
@@ -80,28 +82,30 @@ class KontextPipeline:
         text_encoder_2: str | os.PathLike[str] | None = None,
         tokenizer: str | os.PathLike[str] | None = None,
         tokenizer_2: str | os.PathLike[str] | None = None,
+        verify: str = "once",
         max_queue: int = 64,
         memo_entries: int = 16,
     ) -> "KontextPipeline":
-        """Load a checkpoint.
+        """Load a model.
 
-        model: a diffusers folder, a BFL or ComfyUI single file, or a hub id in the local cache. A
-        single file lacks some parts; ``vae`` ... ``tokenizer_2`` name a folder or file for each.
-        precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``. Raises CheckpointError for weights that
-        are missing or malformed, BackendUnavailableError for what this machine cannot run.
+        model: a bundle, a diffusers folder, a BFL or ComfyUI single file, or a hub id in the local
+        cache. A single file lacks some parts; ``vae`` ... ``tokenizer_2`` name a folder or file for
+        each. backend: ``auto``, ``onnx`` (bundles) or ``native`` (torch). precision: ``auto``,
+        ``fp32``, ``bf16`` or ``fp16``. verify: large files of a bundle ``once`` per change,
+        ``always`` or ``never``. Raises CheckpointError for weights that are missing or malformed,
+        CorruptedError for a bundle that is not what its manifest says, BackendUnavailableError for
+        what this machine cannot run.
         """
         given = (vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2)
         parts = {k: v for k, v in zip(PARTS[1:], given, strict=True) if v is not None}
-        checkpoint = find(model, parts)
-        clip_tokenizer = load_tokenizer(checkpoint.tokenizer, 77)
-        t5_tokenizer = load_tokenizer(checkpoint.tokenizer_2, 512)
+        loaded = load(model, parts, backend, precision, device, verify)
         return cls(
-            _load_backend(checkpoint, backend, device, precision),
-            clip_tokenizer,
-            t5_tokenizer,
-            checkpoint.vae.config,
-            checkpoint.scheduler,
-            name=checkpoint.name,
+            loaded.backend,
+            loaded.tokenizer,
+            loaded.tokenizer_2,
+            loaded.vae,
+            loaded.scheduler,
+            name=loaded.name,
             max_queue=max_queue,
             memo_entries=memo_entries,
         )
@@ -159,16 +163,16 @@ class KontextPipeline:
         Raises InvalidInputError, CancelledError, DeadlineError, QueueFullError, OutOfMemoryError.
         """
         watch = Watch(cancel, deadline)
-        _check_choice("output_type", output_type, OUTPUT_TYPES)
-        _check_choice("context_layout", context_layout, LAYOUTS)
-        for wanted in callback_on_step_end_tensor_inputs:
-            _check_choice("callback_on_step_end_tensor_inputs", wanted, _CALLBACK_INPUTS)
-        _check_number("guidance_scale", guidance_scale)
-        _check_number("true_cfg_scale", true_cfg_scale)
-        if num_images_per_prompt < 1:
-            raise InvalidInputError(
-                f"num_images_per_prompt: expected at least 1, found {num_images_per_prompt}"
-            )
+        choice("output_type", output_type, OUTPUT_TYPES)
+        choice("context_layout", context_layout, LAYOUTS)
+        for wanted in callback_on_step_end_tensor_inputs or ():
+            choice("callback_on_step_end_tensor_inputs", wanted, _CALLBACK_INPUTS)
+        guidance_scale = number("guidance_scale", guidance_scale)
+        true_cfg_scale = number("true_cfg_scale", true_cfg_scale)
+        num_images_per_prompt = whole("num_images_per_prompt", num_images_per_prompt, 1, MAX_EDITS)
+        steps = whole("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
+        base_sigmas = None if sigmas is None else unshifted(sigmas)
+        check_seeds(seed)
         texts = texts_of(prompt, prompt_2, prompt_embeds, pooled_prompt_embeds)
         negatives: list[Text] = []
         if true_cfg_scale > 1 and not (negative_prompt is None and negative_prompt_embeds is None):
@@ -185,8 +189,8 @@ class KontextPipeline:
             for _ in range(num_images_per_prompt)
         ]
         sampling = Sampling(
-            num_inference_steps=num_inference_steps if sigmas is None else len(sigmas),
-            sigmas=None if sigmas is None else tuple(float(sigma) for sigma in sigmas),
+            num_inference_steps=steps if base_sigmas is None else len(base_sigmas),
+            sigmas=base_sigmas,
             guidance_scale=guidance_scale,
             true_cfg_scale=true_cfg_scale,
             context_layout=context_layout,
@@ -198,9 +202,15 @@ class KontextPipeline:
 
         def after_step(state: State, i: int, sigma: float) -> None:
             if callback_on_step_end is not None:
-                tensors = {k: self.backend.read(state) for k in callback_on_step_end_tensor_inputs}
-                changes = callback_on_step_end(self, i, 1000 * sigma, tensors) or {}
-                if "latents" in changes:
+                wanted = callback_on_step_end_tensor_inputs or ()
+                tensors = {name: self.backend.read(state) for name in wanted}
+                changes = callback_on_step_end(self, i, 1000 * sigma, tensors)
+                if not isinstance(changes, Mapping | None):
+                    raise InvalidInputError(
+                        "callback_on_step_end: expected it to return a dictionary or None, "
+                        f"found {shown(changes)}"
+                    )
+                if changes and "latents" in changes:
                     self.backend.write(state, checked_latents(changes["latents"], state))
 
         def checked_latents(latents: Any, state: State) -> Floats:
@@ -236,7 +246,10 @@ class KontextPipeline:
 
         sizes: of result and contexts alike; the model's native square when empty.
         """
+        contexts = whole("contexts", contexts, 0, MAX_EDITS)
         for width, height in sizes or [(self.grid.native, self.grid.native)]:
+            whole("width", width, 1, MAX_SIDE)
+            whole("height", height, 1, MAX_SIDE)
             blank = np.zeros((height, width, 3), np.uint8)
             self(
                 [[blank] * contexts] if contexts else None,
@@ -310,8 +323,17 @@ class KontextPipeline:
             return self.backend.begin(batch)
 
     def _finish(self, jobs: Sequence[Job], state: State, output_type: str) -> None:
-        read = self.backend.read if output_type == "latent" else self.backend.decode
-        for job, output in zip(jobs, read(state), strict=True):
+        outputs: Sequence[Any]
+        if output_type == "latent":
+            outputs = list(self.backend.read(state))
+            if not np.isfinite(outputs).all():
+                raise KontextError(
+                    "expected finite latents, found NaN or infinity after the last step; use "
+                    "precision bf16 or fp32"
+                )
+        else:
+            outputs = self.backend.decode(state)
+        for job, output in zip(jobs, outputs, strict=True):
             job.output = output
 
     def _encode_text(self, text: Text, length: int) -> Handle:
@@ -334,31 +356,4 @@ class KontextPipeline:
 
     def _text_length(self, asked: int | None) -> int:
         limit = self.tokenizer_2.model_max_length
-        if asked is not None and not 2 <= asked <= limit:
-            raise InvalidInputError(f"max_sequence_length: expected 2 to {limit}, found {asked}")
-        return asked or limit
-
-
-def _load_backend(checkpoint: Checkpoint, backend: str, device: str, precision: str) -> Backend:
-    """Choose, load and report; what is asked for by name is never replaced silently."""
-    _check_choice("backend", backend, ("auto", "native"))
-    if find_spec("torch") is None:
-        raise BackendUnavailableError(
-            "expected torch for the native backend, found none; "
-            "install it with: pip install 'fluxkontext[torch]'"
-        )
-    from .backends.native import NativeBackend
-
-    loaded = NativeBackend(checkpoint, device, precision)
-    _log.info("%s: native backend on %s in %s", checkpoint.name, loaded.device, loaded.precision)
-    return loaded
-
-
-def _check_choice(label: str, found: object, choices: Sequence[str]) -> None:
-    if found not in choices:
-        raise InvalidInputError(f"{label}: expected one of {', '.join(choices)}, found {found!r}")
-
-
-def _check_number(label: str, found: float) -> None:
-    if not math.isfinite(found):
-        raise InvalidInputError(f"{label}: expected a finite number, found {found}")
+        return limit if asked is None else whole("max_sequence_length", asked, 2, limit)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .arguments import shown
 from .backend import Embeddings, Floats
 from .errors import InvalidInputError
 from .geometry import Size
@@ -131,7 +132,7 @@ def _picture(value: Any, latent_channels: int) -> Picture:
     if isinstance(value, Image.Image):
         return to_pixels(value)
     array = as_array(_unbatch(value)) if not isinstance(value, list) else None
-    if array is not None and array.ndim == 3 and array.shape[0] == latent_channels:
+    if array is not None and _is_latents(array, latent_channels):
         latents = _floats(array, "image", 3)
         if latents.shape[1] % 2 or latents.shape[2] % 2 or 0 in latents.shape:
             raise InvalidInputError(
@@ -139,6 +140,16 @@ def _picture(value: Any, latent_channels: int) -> Picture:
             )
         return latents
     return to_pixels(_unbatch(value))
+
+
+def _is_latents(array: Any, channels: int) -> bool:
+    """``[C, h, w]`` floats; the last axis of a picture of height C is its 1 or 3 channels."""
+    return bool(
+        array.ndim == 3
+        and array.shape[0] == channels
+        and array.dtype.kind == "f"
+        and array.shape[2] not in (1, 3)
+    )
 
 
 def picture_size(picture: Picture, pixels_per_latent: int) -> Size:
@@ -163,17 +174,24 @@ def _floats(value: Any, label: str, ndim: int) -> Floats:
     if array is None or array.ndim != ndim or array.dtype.kind != "f":
         found = type(value).__name__ if array is None else f"{array.dtype} {list(array.shape)}"
         raise InvalidInputError(f"{label}: expected floats with {ndim} axes, found {found}")
-    if not np.isfinite(array).all():
+    with np.errstate(over="ignore"):
+        values = array.astype(np.float32)
+    if not np.isfinite(values).all():
         raise InvalidInputError(f"{label}: expected finite values, found NaN or infinity")
-    return array.astype(np.float32)
+    return values
 
 
 def _strings(value: Any, label: str) -> list[str]:
     strings = [value] if isinstance(value, str) else value
     if not isinstance(strings, list | tuple) or not all(isinstance(s, str) for s in strings):
-        raise InvalidInputError(f"{label}: expected text or a list of texts, found {value!r:.60}")
+        raise InvalidInputError(f"{label}: expected text or a list of texts, found {shown(value)}")
     if not strings:
         raise InvalidInputError(f"{label}: expected at least one text, found an empty list")
+    for text in strings:
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # lone surrogates: bytes of a command line that are not UTF-8
+            raise InvalidInputError(f"{label}: expected Unicode, found {shown(text)}") from None
     return list(strings)
 
 

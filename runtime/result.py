@@ -66,7 +66,7 @@ class EditResult:
 
 def numbered(path: Path, count: int) -> list[Path]:
     """Where several pictures go: ``out-1.png``, ``out-2.png`` ...; a single one keeps its name."""
-    if count == 1:
+    if count == 1 or not path.name:
         return [path]
     return [path.with_stem(f"{path.stem}-{i + 1}") for i in range(count)]
 

@@ -7,6 +7,8 @@ Equal to diffusers' ``FlowMatchEulerDiscreteScheduler`` with dynamic shifting an
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,13 +43,13 @@ class SchedulerConfig:
     def from_json(cls, values: Mapping[str, object]) -> "SchedulerConfig":
         """Read a diffusers scheduler config; refuse options that would change the sigmas."""
         kind = values.get("_class_name", "FlowMatchEulerDiscreteScheduler")
-        refused = [f"{name}={values[name]}" for name in _UNSUPPORTED if values.get(name)]
+        refused = [f"{name}={shown(values[name])}" for name in _UNSUPPORTED if values.get(name)]
         if values.get("time_shift_type", "exponential") != "exponential":
-            refused.append(f"time_shift_type={values['time_shift_type']}")
+            refused.append(f"time_shift_type={shown(values['time_shift_type'])}")
         if kind != "FlowMatchEulerDiscreteScheduler" or refused:
             raise CheckpointError(
                 "scheduler_config.json: expected FlowMatchEulerDiscreteScheduler with plain "
-                f"shifting, found {kind} {' '.join(refused)}; use that of FLUX.1 Kontext"
+                f"shifting, found {shown(kind)} {' '.join(refused)}; use that of FLUX.1 Kontext"
             )
         known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
         # diffusers defaults to static shifting when the file does not say otherwise
@@ -78,6 +80,21 @@ class SchedulerConfig:
         return self.base_shift + slope * (target_tokens - self.base_image_seq_len)
 
 
+def unshifted(sigmas: Any) -> tuple[float, ...]:
+    """A user's own sigmas, checked: falling, from 1 at most, above 0."""
+    try:
+        values = tuple(float(sigma) for sigma in sigmas)
+    except (TypeError, ValueError):
+        values = ()
+    if not 0 < len(values) <= MAX_STEPS or not all(0 < value <= 1 for value in values):
+        raise InvalidInputError(
+            f"sigmas: expected 1 to {MAX_STEPS} numbers above 0 and up to 1, found {shown(sigmas)}"
+        )
+    if any(after >= before for before, after in pairwise(values)):
+        raise InvalidInputError(f"sigmas: expected falling values, found {shown(sigmas)}")
+    return values
+
+
 def sigmas_for(
     config: SchedulerConfig,
     target_tokens: int,
@@ -89,17 +106,10 @@ def sigmas_for(
     sigmas: unshifted values instead of ``linspace(1, 1 / steps, steps)``, as in diffusers.
     """
     if sigmas is None:
-        num_inference_steps = whole("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
+        whole("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
         base = np.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps)
     else:
-        base = np.asarray(sigmas, dtype=np.float64)
-        if base.ndim != 1 or base.size == 0 or not np.all((base > 0) & (base <= 1)):
-            raise InvalidInputError(
-                "sigmas: expected a non-empty list of numbers above 0 and up to 1, "
-                f"found {list(sigmas)}"
-            )
-        if np.any(np.diff(base) >= 0):
-            raise InvalidInputError(f"sigmas: expected falling values, found {list(sigmas)}")
+        base = np.array(unshifted(sigmas))
     base = base.astype(np.float32)
     if config.use_dynamic_shifting:
         growth = math.exp(config.mu(target_tokens))

@@ -12,7 +12,7 @@ from .errors import CheckpointError
 from .weights import read_json
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import AddedToken, Tokenizer
 
 _log = logging.getLogger(__name__)
 _CLIP_WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
@@ -27,6 +27,11 @@ class PromptTokenizer:
     tokenizer: "Tokenizer"
     pad_id: int
     model_max_length: int
+
+    @property
+    def size(self) -> int:
+        """One more than its highest token id."""
+        return 1 + max(self.tokenizer.get_vocab().values(), default=-1)
 
     def __call__(self, prompt: str, length: int | None = None) -> NDArray[np.int64]:
         """Token ids ``[length]`` of one prompt, cut or padded; None: ``model_max_length``."""
@@ -108,7 +113,7 @@ def _clip_tokenizer(folder: Path, settings: dict[str, Any]) -> "Tokenizer":
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
         ]
     )
-    tokenizer.add_special_tokens([start, end])
+    tokenizer.add_special_tokens([_added(token, settings) for token in (start, end)])
     ids = {token: tokenizer.token_to_id(token) or 0 for token in (start, end)}
     # positional: the keywords were renamed between versions (sep, cls, trim offsets, prefix space)
     tokenizer.post_processor = processors.RobertaProcessing(
@@ -117,6 +122,19 @@ def _clip_tokenizer(folder: Path, settings: dict[str, Any]) -> "Tokenizer":
     return tokenizer
 
 
+def _added(token: str, settings: dict[str, Any]) -> "AddedToken":
+    """A special token with the flags of the file: whether it is looked for after lower-casing."""
+    from tokenizers import AddedToken
+
+    listed = settings.get("added_tokens_decoder")
+    entries = [*(listed.values() if isinstance(listed, dict) else ()), *settings.values()]
+    stored = [e for e in entries if isinstance(e, dict) and e.get("content") == token]
+    flags = ("single_word", "lstrip", "rstrip", "normalized")
+    given = {flag: bool(stored[0].get(flag, False)) for flag in flags} if stored else {}
+    return AddedToken(token, **{"normalized": False, **given}, special=True)
+
+
 def _content(token: Any) -> str | None:
     """A special token is stored as text or as an object with its text."""
-    return token.get("content") if isinstance(token, dict) else token
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None

@@ -3,8 +3,10 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Real
 from threading import Event
 
+from .arguments import shown
 from .errors import CancelledError, DeadlineError, InvalidInputError
 
 
@@ -13,8 +15,12 @@ class Watch:
 
     def __init__(self, cancel: Event | None, deadline: float | None) -> None:
         """deadline: seconds from now."""
-        if deadline is not None and not deadline > 0:
-            raise InvalidInputError(f"deadline: expected seconds above 0, found {deadline}")
+        if deadline is not None and not (isinstance(deadline, Real) and deadline > 0):
+            raise InvalidInputError(f"deadline: expected seconds above 0, found {shown(deadline)}")
+        if cancel is not None and not callable(getattr(cancel, "is_set", None)):
+            raise InvalidInputError(
+                f"cancel: expected a threading.Event, found {type(cancel).__name__}"
+            )
         self.cancel = cancel
         self.deadline = deadline
         self.start = time.perf_counter()

@@ -5,6 +5,7 @@ so that the rest of the code sees one tensor a name and, for some, a scale.
 """
 
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -66,14 +67,15 @@ def read_headers(files: Iterable[Path]) -> WeightIndex:
             for key in opened.keys():  # noqa: SIM118 - not a mapping
                 view = opened.get_slice(key)
                 stored = StoredTensor(file, key, view.get_dtype(), tuple(view.get_shape()))
-                if match := _SCALE.match(key):
-                    scales[match["module"] + ".weight"] = stored
-                elif not _MARKER.match(key):
-                    if key in tensors:
-                        raise CheckpointError(
-                            f"{file}: expected {key} once, found it in {tensors[key].file} too"
-                        )
-                    tensors[key] = stored
+                match = _SCALE.match(key)
+                if not match and _MARKER.match(key):
+                    continue
+                name, kind = (match["module"] + ".weight", scales) if match else (key, tensors)
+                if name in kind:
+                    raise CheckpointError(
+                        f"{file}: expected {key} once, found it in {kind[name].file} too"
+                    )
+                kind[name] = stored
     return WeightIndex(tensors, scales, metadata)
 
 
@@ -161,9 +163,13 @@ def match(
         if any((rows, *_inner(t.shape)) != (shape[0], *_inner(shape)) for t in stored):
             shapes = " + ".join(str(list(t.shape)) for t in stored)
             misshaped.append((pieces[0].key, f"{shapes} for {list(shape)}"))
+        for scale, t in ((index.scales.get(t.key), t) for t in stored):
+            if scale and math.prod(scale.shape) not in (1, t.shape[0] if t.shape else 1):
+                misshaped.append((scale.key, f"{list(scale.shape)} for {list(t.shape)}"))
         wrong_dtype += [(t.key, t.dtype) for t in stored if t.dtype not in FLOAT_DTYPES]
         found[name] = pieces
     unexpected = [key for key in index.tensors if key not in used]
+    unexpected += [scale.key for key, scale in index.scales.items() if key not in used]
     problems = [
         f"{label} {collapse(names)}"
         for label, names in (("missing", missing), ("unexpected", unexpected))
@@ -204,7 +210,7 @@ def _span(numbers: Iterable[int]) -> str:
     distinct = sorted(set(numbers))
     if len(distinct) == 1:
         return str(distinct[0])
-    if distinct == list(range(distinct[0], distinct[-1] + 1)):
+    if distinct[-1] - distinct[0] == len(distinct) - 1:
         return f"{{{distinct[0]}-{distinct[-1]}}}"
     return f"{{{','.join(map(str, distinct))}}}"
 
@@ -216,3 +222,19 @@ def _inner(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def data_offsets(file: Path) -> dict[str, int]:
+    """Where each tensor's bytes start in a safetensors file, from the start of the file.
+
+    The library does not tell; the format is 8 bytes of header length, then the header as JSON, then
+    the data, to which the header's offsets are relative.
+    """
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    return {
+        key: 8 + length + entry["data_offsets"][0]
+        for key, entry in header.items()
+        if key != "__metadata__"
+    }

@@ -5,11 +5,15 @@ import sys
 from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
+
+if TYPE_CHECKING:
+    from fluxkontext.bench.synthetic import Spec
 
 # `fluxkontext` is this checkout, whatever is installed: otherwise a second clone could silently
 # test the first one's code.
@@ -56,3 +60,50 @@ def namespace_env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("namespace")
     (folder / "fluxkontext").symlink_to(ROOT, target_is_directory=True)
     return {**os.environ, "PYTHONPATH": str(folder)}
+
+
+def small_spec() -> "Spec":
+    """A block of each kind with one real head: an edit of 64x64 pixels takes milliseconds."""
+    from dataclasses import replace
+
+    from fluxkontext.bench.synthetic import TINY
+    from fluxkontext.runtime.config import VaeConfig
+
+    return replace(
+        TINY,
+        transformer=replace(
+            TINY.transformer,
+            hidden_size=128,
+            num_heads=1,
+            depth=1,
+            depth_single_blocks=1,
+            mlp_hidden=512,
+        ),
+        vae=VaeConfig(
+            block_out_channels=(8, 8, 16, 16),
+            layers_per_block=1,
+            norm_num_groups=4,
+            sample_size=64,
+        ),
+    )
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder of the smallest model; copy it before changing anything."""
+    from fluxkontext.bench.synthetic import write_checkpoint
+
+    folder = tmp_path_factory.mktemp("models") / "small"
+    write_checkpoint(folder, small_spec())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_bundle(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smallest model as a bundle; copy it before changing anything."""
+    from fluxkontext.export.bundle import write_bundle
+    from fluxkontext.runtime.checkpoint import find
+
+    folder = tmp_path_factory.mktemp("bundles") / "small"
+    write_bundle(find(small_model, {}), folder, weights="copy")
+    return folder

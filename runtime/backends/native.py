@@ -1,5 +1,6 @@
 """The torch backend: any checkpoint, on CPU or GPU, without a build step."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,16 +14,25 @@ from torch import Tensor
 from ...kernels import reference
 from ..backend import Batch, Embeddings, Floats, TokenIds
 from ..checkpoint import Checkpoint
-from ..errors import BackendUnavailableError, KontextError, OutOfMemoryError
+from ..errors import (
+    BackendUnavailableError,
+    InvalidInputError,
+    KontextError,
+    OutOfMemoryError,
+)
 from ..geometry import Size
 from ..images import Pixels
 from ..loading import load
 from ..models.clip import ClipText
 from ..models.t5 import T5Encoder
 from ..models.transformer import Flux
-from ..models.vae import Vae, scale, unscale
+from ..models.vae import Vae, pack, scale, unpack, unscale
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+_EXHAUSTED = re.compile(r"alloc|out of memory|could not create a (primitive|memory object)$", re.I)
+"""What exhausted memory is called where torch raises a bare RuntimeError: its CPU allocator, CUDA,
+cuBLAS and cuDNN (``..._ALLOC_FAILED``), and oneDNN."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -75,7 +85,7 @@ def _memory_errors() -> Iterator[None]:
     except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
         text = str(error).splitlines()[0] if str(error) else "out of memory"
         is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not is_memory and "alloc" not in text:  # the CPU allocator raises RuntimeError
+        if not is_memory and not _EXHAUSTED.search(text):
             raise
         failure = OutOfMemoryError(
             f"expected enough memory for this edit, found: {text}; "
@@ -117,6 +127,13 @@ class NativeBackend:
     @on_device
     def encode_text(self, prompt: TokenIds | Embeddings) -> Text:
         if isinstance(prompt, Embeddings):
+            shape = self._flux.config
+            for label, found, takes in (
+                ("prompt_embeds", prompt.tokens.shape[-1], shape.context_in_dim),
+                ("pooled_prompt_embeds", prompt.pooled.shape[-1], shape.vec_in_dim),
+            ):
+                if found != takes:
+                    raise InvalidInputError(f"{label}: expected {takes} features, found {found}")
             return Text(self._tensor(prompt.pooled)[None], self._tensor(prompt.tokens)[None])
         clip = torch.from_numpy(prompt.clip)[None].to(self._device)
         t5 = torch.from_numpy(prompt.t5)[None].to(self._device)
@@ -127,13 +144,14 @@ class NativeBackend:
         """Context tokens ``[1, tokens, 4 C]``."""
         if image.dtype == np.uint8:
             pixels = torch.tensor(image, device=self._device)
-            pixels = pixels.permute(2, 0, 1)[None].to(torch.float32) / 255 * 2 - 1
+            # contiguous: channels-last convolutions on a CPU lose a digit (measured at 1248x832)
+            pixels = pixels.permute(2, 0, 1)[None].contiguous().to(torch.float32) / 255 * 2 - 1
             with self._exact_convolutions():
                 latents = self._vae.encode(pixels.to(self._vae_dtype))
             latents = scale(latents, self._vae.config).to(self._dtype)
         else:
             latents = self._tensor(cast(Floats, image))[None]
-        return _pack(latents)
+        return pack(latents)
 
     @on_device
     def begin(self, batch: Batch) -> State:
@@ -186,7 +204,7 @@ class NativeBackend:
         width, height = state.target
         pictures = []
         for tokens in state.latents.split(1):  # one at a time: the decoder is the memory's peak
-            latents = unscale(_unpack(tokens, width, height), self._vae.config)
+            latents = unscale(unpack(tokens, width, height), self._vae.config)
             with self._exact_convolutions():
                 image = self._vae.decode(latents.to(self._vae_dtype))[0]
             levels = (image.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
@@ -204,20 +222,6 @@ class NativeBackend:
     def _exact_convolutions(self) -> Any:
         """fp32 means fp32: torch lets cuDNN use TF32 for convolutions by default."""
         return torch.backends.cudnn.flags(enabled=True, allow_tf32=self._vae_dtype != torch.float32)
-
-
-def _pack(latents: Tensor) -> Tensor:
-    """``[B, C, h, w]`` to ``[B, (h / 2)(w / 2), 4 C]``, as :func:`..geometry.pack`."""
-    batch, channels, height, width = latents.shape
-    patches = latents.reshape(batch, channels, height // 2, 2, width // 2, 2)
-    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * 4)
-
-
-def _unpack(tokens: Tensor, width: int, height: int) -> Tensor:
-    """The inverse of :func:`_pack` for a grid of ``width x height`` tokens."""
-    batch, _, features = tokens.shape
-    patches = tokens.reshape(batch, height, width, features // 4, 2, 2)
-    return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, features // 4, height * 2, width * 2)
 
 
 def _choose_device(device: str) -> torch.device:

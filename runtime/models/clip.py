@@ -30,7 +30,7 @@ class ClipText(nn.Module):
             end = ids.argmax(dim=-1)
         else:
             end = (ids == self.config.eos_token_id).int().argmax(dim=-1)
-        pooled: Tensor = x[torch.arange(len(ids), device=ids.device), end]
+        pooled: Tensor = x[torch.arange(ids.shape[0], device=ids.device), end]
         return pooled
 
 

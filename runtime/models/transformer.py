@@ -44,11 +44,13 @@ class Flux(nn.Module):
     def modulation(self, sigmas: Tensor, guidance: Tensor, pooled: Tensor) -> Tensor:
         """Every shift, scale and gate of every step; 27% of the weights are used here alone.
 
-        sigmas: ``[N]`` float32. guidance: ``[1]`` float32. pooled: ``[B, vec_in_dim]``.
+        sigmas: ``[N]``, or ``[N, B]`` where pictures differ (in training). guidance: ``[1]`` or
+        ``[B]``. Both float32. pooled: ``[B, vec_in_dim]``.
         Returns ``[N, R, B, 1, D]``: R rows in the order in which :meth:`forward` takes them.
         """
         dtype = pooled.dtype
-        vec = self.time_in(sinusoid(sigmas).to(dtype))[:, None] + self.vector_in(pooled)
+        sigmas = sigmas if sigmas.ndim == 2 else sigmas[:, None]  # [N, 1 or B]
+        vec = self.time_in(sinusoid(sigmas).to(dtype)) + self.vector_in(pooled)
         if self.guidance_in is not None:
             vec = vec + self.guidance_in(sinusoid(guidance).to(dtype))
         vec = F.silu(vec)  # [N, B, D]
@@ -59,10 +61,12 @@ class Flux(nn.Module):
     def _modulations(self) -> "Iterator[Modulation]":
         return (m for m in self.modules() if isinstance(m, Modulation))
 
-    def rope(self, positions: Tensor, text_tokens: int) -> Tensor:
+    def rope(
+        self, positions: Tensor, text_tokens: int, angles: torch.dtype = torch.float64
+    ) -> Tensor:
         """Rotation table ``[S + tokens, d / 2, 2]``; ``positions [tokens, 3]``, text lies at 0."""
         positions = F.pad(positions, (0, 0, text_tokens, 0))
-        return rope_table(positions, self.config.axes_dim, self.config.theta)
+        return rope_table(positions, self.config.axes_dim, self.config.theta, angles)
 
     def forward(
         self, latents: Tensor, context: Tensor, txt: Tensor, modulation: Tensor, rope: Tensor
@@ -275,9 +279,9 @@ def mlp(dim: int, hidden: int, kernels: KernelSet) -> nn.Sequential:
 
 
 def sinusoid(x: Tensor) -> Tensor:
-    """Embed ``x [N]`` (a sigma or a guidance scale) as ``[N, 256]``: cosines, then sines, of
+    """Embed ``x [...]`` (sigmas or guidance scales) as ``[..., 256]``: cosines, then sines, of
     ``1000 x`` at falling frequencies, in float32."""
     half = _TIME_CHANNELS // 2
     exponent = torch.arange(half, dtype=torch.float32, device=x.device) / half
-    angle = (_TIME_FACTOR * x.float())[:, None] * torch.exp(-math.log(_MAX_PERIOD) * exponent)
+    angle = (_TIME_FACTOR * x.float()).unsqueeze(-1) * torch.exp(-math.log(_MAX_PERIOD) * exponent)
     return torch.cat((angle.cos(), angle.sin()), dim=-1)

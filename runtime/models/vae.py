@@ -84,6 +84,20 @@ def unscale(latents: Tensor, config: VaeConfig) -> Tensor:
     return latents / config.scaling_factor + config.shift_factor
 
 
+def pack(latents: Tensor) -> Tensor:
+    """``[B, C, h, w]`` to ``[B, (h / 2)(w / 2), 4 C]``, as :func:`..geometry.pack`."""
+    batch, channels, height, width = latents.shape
+    patches = latents.reshape(batch, channels, height // 2, 2, width // 2, 2)
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * 4)
+
+
+def unpack(tokens: Tensor, width: int, height: int) -> Tensor:
+    """The inverse of :func:`pack` for a grid of ``width x height`` tokens."""
+    batch, _, features = tokens.shape
+    patches = tokens.reshape(batch, height, width, features // 4, 2, 2)
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, features // 4, height * 2, width * 2)
+
+
 class Encoder(nn.Module):
     """Pixels to mean and log-variance."""
 

@@ -1,0 +1,96 @@
+"""FP8 E4M3 with one scale a row: what FP8 products take as activations.
+
+``x ≈ q * scale``; the largest magnitude of a row becomes 448, the largest of E4M3.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Launch
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+TINY = 1e-12
+"""Least maximum of a row, so that a row of zeros has a scale to divide by."""
+
+_FP8_MAX = tl.constexpr(FP8_MAX)
+_TINY = tl.constexpr(TINY)
+
+
+def quantize_rows_ref(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``x [..., K]`` as ``q [..., K]`` E4M3 and ``scale [..., 1]`` float32."""
+    x = x if x.dtype == torch.float64 else x.float()
+    scale = x.abs().amax(-1, keepdim=True).clamp(min=TINY) / FP8_MAX
+    return (x / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale.float()
+
+
+@dataclass(frozen=True)
+class Config:
+    """A program takes one row, all of it in registers."""
+
+    warps: int
+
+
+def config(width: int) -> Config:
+    """16 elements a thread where there are that many."""
+    return Config(warps=min(max(triton.next_power_of_2(width) // (16 * 32), 1), 16))
+
+
+@triton.jit
+def quantized(x):
+    """A row ``x`` float32, zero beyond its end, as E4M3, and its scale."""
+    largest = tl.maximum(tl.max(tl.abs(x), axis=0), _TINY)
+    return (x * (_FP8_MAX / largest)).to(tl.float8e4nv), largest / _FP8_MAX
+
+
+@triton.jit
+def _quantize_rows_kernel(
+    x_ptr, out_ptr, scale_ptr, x_row, out_row, K: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Grid: (rows,)."""
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * x_row + k, k < K, 0.0).to(tl.float32)
+    q, scale = quantized(x)
+    tl.store(out_ptr + row * out_row + k, q, k < K)
+    tl.store(scale_ptr + row, scale)
+
+
+def launch_quantize_rows(out: Tensor, scale: Tensor, x: Tensor) -> Launch:
+    """Write ``x [M, K]`` into ``out [M, K]`` E4M3 and ``scale [M, 1]``; rows may be strided."""
+    rows, width = x.shape
+    assert out.shape == x.shape, (out.shape, x.shape)
+    assert scale.shape == (rows, 1), scale.shape
+    assert scale.is_contiguous(), scale.stride()
+    args = {
+        "x_ptr": x, "out_ptr": out, "scale_ptr": scale,
+        "x_row": x.stride(0), "out_row": out.stride(0),
+        "K": width, "BLOCK": triton.next_power_of_2(width),
+    }  # fmt: skip
+    return Launch(_quantize_rows_kernel, (rows,), args, config(width).warps)
+
+
+@torch.library.custom_op("fluxkontext::quantize_rows", mutates_args=())
+def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    out, scale = _fake(x)
+    rows = x.flatten(0, -2)
+    launch_quantize_rows(out.view(rows.shape), scale.view(-1, 1), rows)()
+    return out, scale
+
+
+@_quantize_rows.register_fake
+def _fake(x: Tensor) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty(x.shape, dtype=FP8, device=x.device),
+        torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device),
+    )
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`quantize_rows_ref` as one kernel."""
+    q, scale = _quantize_rows(x)
+    return q, scale

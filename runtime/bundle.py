@@ -1,0 +1,185 @@
+"""A bundle: a checkpoint's folder with graphs beside its weights, and a manifest of every file.
+
+Exported from a diffusers folder, it still is one. What the manifest names is verified: small files
+on every load, large ones once per change.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from .errors import CheckpointError, CorruptedError
+from .files import whole_file
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+VERIFY = ("once", "always", "never")
+_CHUNK = 2**26
+"""Bytes hashed at once; a file's digest is that of its chunks', so that threads share the work."""
+_LARGE = _CHUNK
+"""Larger files are verified once per change rather than on every load."""
+_CHECKSUM = "checksum"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified bundle."""
+
+    root: Path
+    manifest: Mapping[str, Any]
+
+    def graph(self, name: str, flavour: str) -> Path:
+        """The graph of a component for ``cpu`` or ``gpu``."""
+        try:
+            return self.root / str(self.manifest["components"][name]["graphs"][flavour])
+        except KeyError:
+            raise CheckpointError(
+                f"{self.root}: expected a {flavour} graph of {name}, found none in its manifest; "
+                "export the checkpoint anew"
+            ) from None
+
+    def precision(self, flavour: str) -> str:
+        """In what the graphs of a flavour compute."""
+        return str(self.manifest["precision"][flavour])
+
+    def weight_bytes(self, name: str) -> int:
+        """How much of the files a component's graph refers to."""
+        return int(self.manifest["components"][name]["weight_bytes"])
+
+
+def open_bundle(root: Path, verify: str = "once") -> Bundle:
+    """Read the manifest of ``root`` and verify what it names.
+
+    verify: ``once`` (large files once per change), ``always``, or ``never`` (sizes only). Raises
+    CorruptedError for a file that differs, CheckpointError for one that is missing or a manifest
+    that this version cannot read.
+    """
+    manifest = read_manifest(root)
+    known = _Stamps.load()
+    for name, entry in manifest["files"].items():
+        path = _inside(root, name)
+        try:
+            state = path.stat()
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{path}: expected this file of the bundle, found none; copy the bundle again"
+            ) from None
+        if state.st_size != entry["size"]:
+            raise CorruptedError(
+                f"{path}: expected {entry['size']} bytes, found {state.st_size}; "
+                "copy or export the bundle again"
+            )
+        if verify == "never":
+            continue
+        large = state.st_size > _LARGE
+        if verify == "once" and large and known.has(path, state, entry["digest"]):
+            continue
+        if (found := digest(path)) != entry["digest"]:
+            raise CorruptedError(
+                f"{path}: expected digest {entry['digest'][:16]}..., found {found[:16]}...; the "
+                "file was damaged or changed: copy or export the bundle again"
+            )
+        if large:
+            known.add(path, state, found)
+    known.save()
+    return Bundle(root, manifest)
+
+
+def read_manifest(root: Path) -> dict[str, Any]:
+    """The manifest, checked against its own checksum."""
+    path = root / MANIFEST
+    try:
+        text = path.read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        version = manifest["schema_version"]
+    except OSError as error:
+        raise CheckpointError(f"{path}: expected a manifest, found: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise CorruptedError(
+            f"{path}: expected a manifest, found something else; export the bundle again"
+        ) from None
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise CheckpointError(
+            f"{path}: expected a schema up to version {SCHEMA_VERSION}, found {version}; "
+            "upgrade fluxkontext"
+        )
+    if text != dump_manifest(manifest):
+        raise CorruptedError(
+            f"{path}: expected what its checksum says, found a changed file; "
+            "copy or export the bundle again"
+        )
+    return dict(manifest)
+
+
+def dump_manifest(manifest: Mapping[str, Any]) -> str:
+    """The text of a manifest, with its checksum."""
+    bare = {key: value for key, value in manifest.items() if key != _CHECKSUM}
+    checksum = hashlib.sha256(json.dumps(bare, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**bare, _CHECKSUM: checksum}, indent=2, sort_keys=True) + "\n"
+
+
+def digest(path: Path) -> str:
+    """SHA-256 over the SHA-256 of each 64 MiB of a file, in hexadecimal."""
+    size = path.stat().st_size
+    with path.open("rb") as file, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+
+        def part(start: int) -> bytes:
+            return hashlib.sha256(os.pread(file.fileno(), _CHUNK, start)).digest()
+
+        parts = pool.map(part, range(0, max(size, 1), _CHUNK))
+        return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def _inside(root: Path, name: str) -> Path:
+    """The path of a named file; one that leads out of the bundle is not followed."""
+    relative = PurePosixPath(name)
+    if relative.is_absolute() or ".." in relative.parts or "\\" in name:
+        raise CorruptedError(
+            f"{root / MANIFEST}: expected names inside the bundle, found {name}; do not use it"
+        )
+    return root / relative
+
+
+class _Stamps:
+    """Which large files have been verified, by path, size, time and inode; kept in the cache."""
+
+    def __init__(self, file: Path, entries: dict[str, list[Any]]) -> None:
+        self.file = file
+        self.entries = entries
+        self.changed = False
+
+    @classmethod
+    def load(cls) -> "_Stamps":
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        file = cache / "fluxkontext" / "verified.json"
+        try:
+            entries = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            entries = {}
+        return cls(file, entries if isinstance(entries, dict) else {})
+
+    def has(self, path: Path, state: os.stat_result, expected: str) -> bool:
+        return self.entries.get(str(path.resolve())) == _stamp(state, expected)
+
+    def add(self, path: Path, state: os.stat_result, found: str) -> None:
+        self.entries[str(path.resolve())] = _stamp(state, found)
+        self.changed = True
+
+    def save(self) -> None:
+        if not self.changed:
+            return
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(self.file) as file:
+                file.write(json.dumps(self.entries).encode())
+        except OSError:  # a home that cannot be written: verify again next time
+            return
+
+
+def _stamp(state: os.stat_result, digest: str) -> list[Any]:
+    return [state.st_size, state.st_mtime_ns, state.st_ino, digest]

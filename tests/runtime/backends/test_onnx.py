@@ -1,0 +1,111 @@
+"""The graphs of a bundle against the native path they were exported from."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fluxkontext.runtime import BackendUnavailableError, KontextPipeline
+
+PICTURE = np.random.default_rng(0).integers(0, 256, (96, 64, 3), np.uint8)
+OTHER = np.random.default_rng(1).integers(0, 256, (48, 80, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def onnx(small_bundle: Path) -> KontextPipeline:
+    return KontextPipeline.from_pretrained(small_bundle, backend="onnx", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def native(small_model: Path) -> KontextPipeline:
+    return KontextPipeline.from_pretrained(small_model, backend="native", device="cpu")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"image": PICTURE},
+        {"image": PICTURE, "auto_resize": False},
+        {"image": None},
+        {"image": [PICTURE, OTHER]},
+        {"image": [PICTURE, OTHER], "context_layout": "offset"},
+        {"image": PICTURE, "height": 48, "width": 80, "max_area": 3840},
+        {"image": PICTURE, "negative_prompt": "a square", "true_cfg_scale": 3.0},
+        {"image": PICTURE, "num_images_per_prompt": 2},
+        {"image": [PICTURE, PICTURE], "prompt": ["make it red", "remove it"]},
+        {"image": PICTURE, "sigmas": [1.0, 0.6, 0.1], "guidance_scale": 4.0},
+    ],
+    ids=lambda call: "-".join(call),
+)
+def test_equals_native(
+    onnx: KontextPipeline, native: KontextPipeline, call: dict[str, Any]
+) -> None:
+    call = {"prompt": "make it blue", "num_inference_steps": 3, "seed": 5} | call
+    found, wanted = (pipe(**call, output_type="latent").images for pipe in (onnx, native))
+    assert found.shape == wanted.shape
+    # 1000 sigma in a cosine of float32 leaves the two libraries 1e-5 apart; see semantics of `exp`
+    assert np.sqrt(np.mean((found - wanted) ** 2) / np.mean(wanted**2)) < 1e-4
+    pixels = [
+        np.stack([np.asarray(p, np.int16) for p in pipe(**call).images]) for pipe in (onnx, native)
+    ]
+    assert np.abs(pixels[0] - pixels[1]).max() <= 1
+
+
+def test_a_callback_reads_and_replaces_latents(onnx: KontextPipeline) -> None:
+    seen = []
+
+    def zero_at_the_end(_pipe: Any, i: int, _t: float, tensors: dict[str, Any]) -> dict[str, Any]:
+        seen.append(tensors["latents"].copy())
+        return {"latents": np.zeros_like(tensors["latents"])} if i == 2 else {}
+
+    result = onnx(
+        prompt="x",
+        num_inference_steps=3,
+        seed=0,
+        output_type="latent",
+        callback_on_step_end=zero_at_the_end,
+    )
+    assert np.array_equal(result.images, np.zeros_like(result.images))
+    assert len(seen) == 3
+    assert not np.allclose(seen[0], seen[1])
+
+
+def test_a_bundle_prefers_onnx_without_a_gpu(small_bundle: Path) -> None:
+    about = KontextPipeline.from_pretrained(small_bundle, device="cpu").about
+    assert (about["backend"], about["precision"]) == ("onnx", "fp32")
+
+
+def test_what_is_asked_for_never_falls_back(small_bundle: Path, small_model: Path) -> None:
+    with pytest.raises(BackendUnavailableError, match="expected a bundle"):
+        KontextPipeline.from_pretrained(small_model, backend="onnx")
+    with pytest.raises(BackendUnavailableError, match="precision: expected fp32"):
+        KontextPipeline.from_pretrained(
+            small_bundle, backend="onnx", precision="bf16", device="cpu"
+        )
+    with pytest.raises(BackendUnavailableError, match="device: expected cpu"):
+        KontextPipeline.from_pretrained(small_bundle, backend="onnx", device="cuda")
+
+
+def test_an_edit_imports_no_torch(
+    small_bundle: Path, namespace_env: dict[str, str], tmp_path: Path
+) -> None:
+    code = (
+        "import sys\n"
+        "from fluxkontext.runtime.cli import main\n"
+        f"rc = main(['generate', '-p', 'a star', '--model', {str(small_bundle)!r}, '-o', 'o.png',"
+        " '--steps', '2'])\n"
+        "print(rc, sorted({'torch', 'transformers', 'diffusers', 'onnx'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=namespace_env,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == "0 []"
+    assert (tmp_path / "o.png").exists()

@@ -1,0 +1,523 @@
+"""Checkpoints that are incomplete, damaged or of something else, and what loading one costs."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from fluxkontext.bench.synthetic import TINY, write_checkpoint
+from fluxkontext.kernels import reference
+from fluxkontext.runtime import CheckpointError, KontextPipeline
+from fluxkontext.runtime.checkpoint import KINDS, PARTS, find, open_component
+from fluxkontext.runtime.config import ClipConfig, T5Config, TransformerConfig, VaeConfig
+from fluxkontext.runtime.loading import build, load
+from fluxkontext.runtime.models.clip import ClipText
+from fluxkontext.runtime.models.t5 import T5Encoder
+from fluxkontext.runtime.models.transformer import Flux
+from fluxkontext.runtime.models.vae import Vae
+from fluxkontext.runtime.schedule import SchedulerConfig
+
+OPS = reference()
+
+
+@pytest.fixture
+def model(small_model: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(small_model, tmp_path / "model"))
+
+
+@pytest.fixture(scope="module")
+def single_file(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The transformer alone, in BFL's names."""
+    component = open_component("transformer", small_model / "transformer")
+    module = load(component, lambda c: Flux(c, OPS), torch.device("cpu"), torch.float32)
+    file = tmp_path_factory.mktemp("single") / "flux1-kontext-dev.safetensors"
+    save_file(dict(module.state_dict()), file)
+    return file
+
+
+def change(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def problem_of(call: Callable[[], object]) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# what is not there
+
+
+@pytest.mark.parametrize("name", ["", "nothing", "no/such/path/at/all", "a b/c", "x" * 5000])
+def test_no_model_of_that_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "expected" in problem_of(lambda: KontextPipeline.from_pretrained(name))
+
+
+def test_a_folder_that_is_not_a_model(tmp_path: Path) -> None:
+    problem = problem_of(lambda: KontextPipeline.from_pretrained(tmp_path))
+    assert problem == (
+        f"{tmp_path}: expected a diffusers folder (with model_index.json), found one without"
+    )
+
+
+@pytest.mark.parametrize("kind", ["StableDiffusionPipeline", "Flux2Pipeline", None, 3, ["Flux"]])
+def test_a_folder_of_another_model(model: Path, kind: object) -> None:
+    change(model / "model_index.json", _class_name=kind)
+    assert "this runtime is for FLUX.1" in problem_of(lambda: find(model, {}))
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_that_is_missing_is_named(model: Path, part: str) -> None:
+    shutil.rmtree(model / part)
+    assert str(model / part) in problem_of(lambda: KontextPipeline.from_pretrained(model))
+
+
+@pytest.mark.parametrize("part", KINDS)
+def test_weights_that_are_missing_are_named(model: Path, part: str) -> None:
+    next((model / part).glob("*.safetensors")).unlink()
+    problem = problem_of(lambda: KontextPipeline.from_pretrained(model))
+    assert f"{model / part}: expected one safetensors file or an index, found none" in problem
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_may_lie_elsewhere(model: Path, small_model: Path, part: str) -> None:
+    shutil.rmtree(model / part)
+    for source in (small_model, small_model / part):  # the model that has it, or its own folder
+        if part != "transformer":
+            KontextPipeline.from_pretrained(model, **{part: source}).close()
+
+
+def test_a_single_file_lists_exactly_what_it_lacks(single_file: Path, small_model: Path) -> None:
+    problem = problem_of(lambda: KontextPipeline.from_pretrained(single_file))
+    assert problem == (
+        f"{single_file}: expected a whole model, found a single file without vae, text_encoder, "
+        "text_encoder_2, tokenizer, tokenizer_2; name a folder or file for each with --vae, "
+        "--text-encoder, --text-encoder-2, --tokenizer, --tokenizer-2"
+    )
+    parts: dict[str, Any] = {part: small_model for part in PARTS[1:] if part != "tokenizer_2"}
+    problem = problem_of(lambda: KontextPipeline.from_pretrained(single_file, **parts))
+    assert problem == (
+        f"{single_file}: expected a whole model, found a single file without tokenizer_2; "
+        "name a folder or file for each with --tokenizer-2"
+    )
+    KontextPipeline.from_pretrained(single_file, **parts, tokenizer_2=small_model).close()
+
+
+def test_a_single_file_of_something_else(small_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "lora.safetensors"
+    save_file({"lora.up": torch.ones(2), "lora.down": torch.ones(2)}, file)
+    assert "found tensors lora." in problem_of(lambda: KontextPipeline.from_pretrained(file))
+    vae = next((small_model / "vae").glob("*.safetensors"))
+    assert "expected a FLUX transformer" in problem_of(lambda: find(vae, {}))
+    assert "expected a vae" in problem_of(lambda: find(small_model, {"vae": file}))
+
+
+def test_a_single_file_with_tensors_missing(
+    single_file: Path, small_model: Path, tmp_path: Path
+) -> None:
+    state = load_file(single_file)
+    for gone in [
+        [name for name in state if name.startswith("double_blocks")],
+        ["txt_in.weight"],
+        ["single_blocks.0.linear1.weight", "double_blocks.0.img_attn.qkv.bias"],
+    ]:
+        file = tmp_path / "part.safetensors"
+        save_file({name: t for name, t in state.items() if name not in gone}, file)
+        parts: dict[str, Any] = dict.fromkeys(PARTS[1:], small_model)
+        problem = problem_of(lambda: KontextPipeline.from_pretrained(file, **parts))  # noqa: B023
+        assert "transformer: expected" in problem
+
+
+# what is damaged
+
+
+def test_a_damaged_shard_is_found_behind_an_index(model: Path) -> None:
+    folder = model / "transformer"
+    whole = folder / "diffusion_pytorch_model.safetensors"
+    state = load_file(whole)
+    names = sorted(state)
+    shards = {"one.safetensors": names[::2], "two.safetensors": names[1::2]}
+    for shard, held in shards.items():
+        save_file({name: state[name] for name in held}, folder / shard)
+    index = {"weight_map": {name: shard for shard, held in shards.items() for name in held}}
+    (folder / "x.safetensors.index.json").write_text(json.dumps(index))
+    whole.unlink()
+    KontextPipeline.from_pretrained(model).close()
+
+    data = (folder / "two.safetensors").read_bytes()
+    (folder / "two.safetensors").write_bytes(data[:-1])
+    problem = problem_of(lambda: KontextPipeline.from_pretrained(model))
+    assert f"{folder / 'two.safetensors'}: expected a whole safetensors file" in problem
+    (folder / "two.safetensors").unlink()
+    problem = problem_of(lambda: KontextPipeline.from_pretrained(model))
+    assert "expected 2 shards, found no two.safetensors" in problem
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value"),
+    [
+        ("transformer", "num_layers", 2),
+        ("transformer", "num_single_layers", 0),
+        ("transformer", "joint_attention_dim", 65),
+        ("vae", "block_out_channels", [8, 8, 16, 32]),
+        ("vae", "latent_channels", 8),
+        ("text_encoder", "num_hidden_layers", 3),
+        ("text_encoder", "vocab_size", 600),
+        ("text_encoder_2", "d_ff", 64),
+        ("text_encoder_2", "num_layers", 1),
+    ],
+)
+def test_a_config_that_is_not_of_its_weights(
+    model: Path, part: str, field: str, value: object
+) -> None:
+    change(model / part / "config.json", **{field: value})
+    problem_of(lambda: KontextPipeline.from_pretrained(model))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        *(f"{part}/config.json" for part in KINDS),
+        "tokenizer/vocab.json",
+        "tokenizer_2/tokenizer.json",
+        "tokenizer/tokenizer_config.json",
+    ],
+)
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "\0", "[" * 100_000])
+def test_damaged_json(model: Path, name: str, content: str) -> None:
+    (model / name).write_text(content)
+    folder = str((model / name).parent)
+    assert folder in problem_of(lambda: KontextPipeline.from_pretrained(model))
+
+
+@pytest.mark.parametrize("name", ["tokenizer/vocab.json", "tokenizer/merges.txt"])
+def test_a_tokenizer_with_half_its_files(model: Path, name: str) -> None:
+    (model / name).unlink()
+    problem = problem_of(lambda: KontextPipeline.from_pretrained(model))
+    assert "expected vocab.json and merges.txt, or tokenizer.json, found neither" in problem
+
+
+def test_a_tokenizer_of_another_encoder(small_model: Path) -> None:
+    """Its ids would be out of the encoder's range in the middle of an edit."""
+    problem = problem_of(
+        lambda: KontextPipeline.from_pretrained(small_model, tokenizer_2=small_model / "tokenizer")
+    )
+    assert "expected at most the 128 tokens of its text encoder, found 514" in problem
+
+
+def test_a_clip_tokenizer_longer_than_its_encoder(model: Path) -> None:
+    change(model / "tokenizer" / "tokenizer_config.json", model_max_length=78)
+    problem = problem_of(lambda: KontextPipeline.from_pretrained(model))
+    assert "expected a model_max_length of at most 77" in problem
+
+
+@pytest.mark.parametrize("length", [None, 1e30, True, "64", 1, 10**30])
+def test_a_tokenizer_without_a_usable_length_has_the_usual_one(model: Path, length: object) -> None:
+    change(model / "tokenizer_2" / "tokenizer_config.json", model_max_length=length)
+    with KontextPipeline.from_pretrained(model) as pipe:
+        assert pipe.tokenizer_2.model_max_length == 512
+
+
+def test_networks_of_different_models(model: Path) -> None:
+    """Each is whole; together they are no model."""
+    config = json.loads((model / "text_encoder" / "config.json").read_text())
+    narrow = ClipText(ClipConfig.from_json(config | {"hidden_size": 32}))
+    state = {f"text_model.{name}": tensor for name, tensor in narrow.state_dict().items()}
+    save_file(state, model / "text_encoder" / "model.safetensors")
+    change(model / "text_encoder" / "config.json", hidden_size=32)
+    problem = problem_of(lambda: KontextPipeline.from_pretrained(model))
+    assert "expected a text_encoder that gives the 64 features" in problem
+    assert "found one that gives 32" in problem
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from([0, -1, 1, 2, 3, 64, 127, 128, 2**20, 2**31, 2**63, 10**30])
+    | st.floats()
+    | st.text(max_size=10),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+CONFIGS: dict[str, tuple[Any, Callable[[Any], Any], list[str]]] = {
+    "transformer": (
+        TransformerConfig,
+        lambda config: Flux(config, OPS),
+        [
+            "_class_name",
+            "patch_size",
+            "in_channels",
+            "out_channels",
+            "num_layers",
+            "num_single_layers",
+            "attention_head_dim",
+            "num_attention_heads",
+            "joint_attention_dim",
+            "pooled_projection_dim",
+            "guidance_embeds",
+            "axes_dims_rope",
+        ],
+    ),
+    "vae": (
+        VaeConfig,
+        Vae,
+        [
+            "_class_name",
+            "in_channels",
+            "act_fn",
+            "down_block_types",
+            "up_block_types",
+            "block_out_channels",
+            "layers_per_block",
+            "latent_channels",
+            "norm_num_groups",
+            "scaling_factor",
+            "shift_factor",
+            "force_upcast",
+            "sample_size",
+            "use_quant_conv",
+            "mid_block_add_attention",
+        ],
+    ),
+    "text_encoder": (ClipConfig, ClipText, [field.name for field in fields(ClipConfig)]),
+    "text_encoder_2": (T5Config, T5Encoder, [field.name for field in fields(T5Config)]),
+}
+
+
+@pytest.mark.parametrize("part", CONFIGS)
+@given(data=st.data())
+def test_any_json_in_a_config(small_model: Path, part: str, data: st.DataObject) -> None:
+    """Refused, or the shape of a network that can be made."""
+    kind, network, names = CONFIGS[part]
+    config = json.loads((small_model / part / "config.json").read_text())
+    changes = data.draw(st.dictionaries(st.sampled_from(names), json_values, max_size=2))
+    try:
+        shape = kind.from_json(config | changes)
+    except CheckpointError:
+        return
+    assert all(math.isfinite(value) for value in asdict(shape).values() if isinstance(value, float))
+    if all(
+        value <= 8 for name, value in asdict(shape).items() if "layers" in name or "depth" in name
+    ):
+        build(lambda: network(shape))
+
+
+@given(
+    values=st.dictionaries(
+        st.sampled_from(
+            [
+                *SchedulerConfig.__dataclass_fields__,
+                "_class_name",
+                "shift_terminal",
+                "time_shift_type",
+            ]
+        ),
+        json_values,
+    )
+)
+@example(values={"max_image_seq_len": 256})
+@example(values={"max_shift": 1e5, "use_dynamic_shifting": True})
+@example(values={"shift": 0})
+def test_any_json_in_a_scheduler_config(values: dict[str, Any]) -> None:
+    """Refused, or sigmas that fall from 1 to 0."""
+    from fluxkontext.runtime.schedule import sigmas_for
+
+    try:
+        config = SchedulerConfig.from_json(values)
+    except CheckpointError:
+        return
+    sigmas = sigmas_for(config, 4096, 4)
+    assert sigmas[-1] == 0
+    assert all(0 <= sigma <= 1 for sigma in sigmas)
+
+
+@given(
+    values=st.dictionaries(
+        st.sampled_from(["pad_token", "eos_token", "bos_token", "unk_token", "model_max_length"]),
+        json_values | st.fixed_dictionaries({"content": json_values}),
+        min_size=1,
+    )
+)
+def test_any_json_in_a_tokenizer_config(
+    small_model: Path, tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]
+) -> None:
+    from fluxkontext.runtime.tokenizer import load_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
+    shutil.copytree(small_model / "tokenizer", folder)
+    change(folder / "tokenizer_config.json", **values)
+    try:
+        tokenizer = load_tokenizer(folder, 77)
+    except CheckpointError:
+        return
+    assert len(tokenizer("make it red")) == tokenizer.model_max_length
+    shutil.rmtree(folder)
+
+
+# hub ids
+
+
+def hub(tmp_path: Path, source: Path, repo: str = "black-forest-labs/FLUX.1-Kontext-dev") -> Path:
+    """A cache as the hub's library lays it out: files are links to blobs."""
+    folder = tmp_path / "home" / "hub" / f"models--{repo.replace('/', '--')}"
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    snapshot, blobs = folder / "snapshots" / revision, folder / "blobs"
+    blobs.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(revision)
+    for i, file in enumerate(path for path in source.rglob("*") if path.is_file()):
+        (blobs / f"{i:064x}").write_bytes(file.read_bytes())
+        link = snapshot / file.relative_to(source)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blobs / f"{i:064x}", link.parent))
+    return folder
+
+
+def test_a_hub_id_in_the_cache(
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub(tmp_path, small_model)
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    repo = "black-forest-labs/FLUX.1-Kontext-dev"
+    with KontextPipeline.from_pretrained(repo) as pipe:
+        assert pipe.name == repo
+        assert pipe(prompt="", num_inference_steps=1, seed=0).settings[0]["model"] == repo
+    monkeypatch.delenv("HF_HOME")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+    KontextPipeline.from_pretrained(repo).close()
+
+
+@pytest.mark.parametrize("broken", ["nothing", "empty", "no ref", "ref to nothing"])
+def test_a_hub_id_that_is_not_in_the_cache(
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    if broken != "nothing":
+        folder = hub(tmp_path, small_model / "tokenizer")
+        if broken == "no ref":
+            (folder / "refs" / "main").unlink()
+        elif broken == "ref to nothing":
+            (folder / "refs" / "main").write_text("f" * 40)
+        else:
+            shutil.rmtree(folder)
+            folder.mkdir()
+    repo = "black-forest-labs/FLUX.1-Kontext-dev"
+    problem = problem_of(lambda: KontextPipeline.from_pretrained(repo))
+    assert problem == (
+        f"{repo}: expected a path or a model in the local cache {tmp_path / 'home' / 'hub'}, found "
+        f"neither; accept its licence at https://huggingface.co/{repo} and run: hf download {repo}"
+    )
+
+
+def test_a_half_downloaded_snapshot(
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = hub(tmp_path, small_model)
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    weights = next(folder.glob("snapshots/*/vae/*.safetensors"))
+    os.remove(weights.resolve())  # the link hangs
+    problem = problem_of(
+        lambda: KontextPipeline.from_pretrained("black-forest-labs/FLUX.1-Kontext-dev")
+    )
+    assert "vae" in problem
+
+
+# what loading costs
+
+
+class Flat:
+    """Stands in for a random generator: values do not matter to memory, and take time to draw."""
+
+    @staticmethod
+    def standard_normal(shape: tuple[int, ...]) -> Any:
+        return np.full(shape, 0.5, np.float32)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_loading_never_holds_two_copies(
+    small_model: Path,
+    tmp_path: Path,
+    namespace_env: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The process's own memory, which the mapped file is not part of, sampled while it loads."""
+    wide = replace(
+        TINY.transformer,
+        hidden_size=1024,
+        num_heads=8,
+        depth=1,
+        depth_single_blocks=1,
+        mlp_hidden=4096,
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(np.random, "default_rng", lambda seed: Flat())
+        write_checkpoint(tmp_path / "wide", replace(TINY, transformer=wide))
+    code = """
+import sys, threading, time
+from pathlib import Path
+import torch
+from fluxkontext.kernels import reference
+from fluxkontext.runtime.checkpoint import open_component
+from fluxkontext.runtime.loading import load
+from fluxkontext.runtime.models.transformer import Flux
+
+def anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+def load_from(folder, dtype):
+    component = open_component("transformer", Path(folder, "transformer"))
+    return load(component, lambda c: Flux(c, reference()), torch.device("cpu"), dtype)
+
+load_from(sys.argv[1], torch.bfloat16)
+before, peak, done = anonymous(), 0, threading.Event()
+def watch():
+    global peak
+    while not done.is_set():
+        peak = max(peak, anonymous())
+        time.sleep(0.001)
+thread = threading.Thread(target=watch)
+thread.start()
+module = load_from("wide", getattr(torch, sys.argv[2]))
+done.set()
+thread.join()
+print(sum(t.numel() * t.element_size() for t in module.state_dict().values()))
+print(max(peak, anonymous()) - before)
+"""
+    for dtype in ("float32", "bfloat16"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(small_model), dtype],
+            env=namespace_env,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        size, grown = map(int, done.stdout.split())
+        assert size > (200e6 if dtype == "float32" else 100e6)
+        assert 0.9 * size < grown < 1.3 * size

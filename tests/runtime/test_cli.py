@@ -1,0 +1,533 @@
+"""The command line: results on stdout, one line on stderr for an error, and its exit code."""
+
+import importlib.metadata
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from fluxkontext.runtime import __version__
+from fluxkontext.runtime.cli import main
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command in this process: exit code, stdout, stderr."""
+
+    def run_main(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as end:  # --help and --version
+            code = int(end.code or 0)
+        return code, *capsys.readouterr()
+
+    return run_main
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("pictures") / "scene.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 70, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file)
+    return file
+
+
+@pytest.fixture
+def edit(scene: Path, small_model: Path, tmp_path: Path) -> list[object]:
+    """A whole command that writes ``out.png``; options that follow win."""
+    return ["edit", scene, "-p", "make it red", "-o", tmp_path / "out.png",
+            "--model", small_model, "--steps", 2, "--seed", 7]  # fmt: skip
+
+
+def assert_error(outcome: tuple[int, str, str], code: int, *parts: str) -> None:
+    """The exit code, nothing on stdout, one line on stderr that says it."""
+    found, out, err = outcome
+    assert (found, out) == (code, ""), err
+    assert err.startswith("fluxkontext: ")
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+    assert "Traceback" not in err
+    for part in parts:
+        assert part in err
+
+
+def command(arguments: list[object], env: dict[str, str], cwd: Path, **options: Any) -> Any:
+    return subprocess.run(
+        [sys.executable, "-m", "fluxkontext.runtime.cli", *map(str, arguments)],
+        env=env,
+        cwd=cwd,
+        text=True,
+        check=False,
+        timeout=120,
+        **{"capture_output": True} | options,
+    )
+
+
+# what works
+
+
+def test_an_edit(run: Run, edit: list[object], tmp_path: Path) -> None:
+    code, out, err = run(*edit)
+    assert (code, err) == (0, "")
+    assert out == f"{tmp_path / 'out.png'} (80x48, seed 7)\n"
+    with Image.open(tmp_path / "out.png") as picture:
+        assert (picture.format, picture.mode, picture.size) == ("PNG", "RGB", (80, 48))
+
+
+def test_the_same_seed_gives_the_same_file(run: Run, edit: list[object], tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("a.png", "b.png", "c.png")]
+    for file, seed in zip(files, (1, 1, 2), strict=True):
+        assert run(*edit, "-o", file, "--seed", seed)[0] == 0
+    first, same, other = (file.read_bytes() for file in files)
+    assert first == same
+    assert first != other
+
+
+def test_a_report_as_json(run: Run, edit: list[object], tmp_path: Path) -> None:
+    code, out, err = run(*edit, "--json", "-n", 2)
+    assert (code, err) == (0, "")
+    report = json.loads(out)
+    assert out.count("\n") == 1
+    assert sorted(report) == ["outputs", "settings", "timings"]
+    assert report["outputs"] == [str(tmp_path / f"out-{i}.png") for i in (1, 2)]
+    assert [settings["index"] for settings in report["settings"]] == [0, 1]
+    assert report["timings"]["total"] > 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out-1.png", "out-2.png"]
+
+
+def test_settings_are_in_the_picture_unless_not_wanted(
+    run: Run, edit: list[object], tmp_path: Path
+) -> None:
+    prompt = "mach den Kreis blau, 円 🎨"
+    assert run(*edit, "-p", prompt)[0] == 0
+    code, out, _ = run("inspect", tmp_path / "out.png", "--json")
+    facts = json.loads(out)
+    assert (code, facts["kind"], facts["size"]) == (0, "picture", "80x48")
+    assert facts["settings"]["prompt"] == prompt
+    assert facts["settings"]["seed"] == 7
+    code, out, _ = run("inspect", tmp_path / "out.png")
+    assert f"prompt: {prompt}" in out
+
+    assert run(*edit, "-p", prompt, "--no-metadata")[0] == 0
+    assert json.loads(run("inspect", tmp_path / "out.png", "--json")[1])["settings"] is None
+    assert b"fluxkontext" not in (tmp_path / "out.png").read_bytes()
+
+
+def test_several_contexts(run: Run, edit: list[object], scene: Path, tmp_path: Path) -> None:
+    files = []
+    for layout in ("index", "offset"):
+        files.append(tmp_path / f"{layout}.png")
+        code, out, err = run(
+            *edit[:2], scene, *edit[2:], "--context-layout", layout, "-o", files[-1], "--json"
+        )
+        assert (code, err) == (0, "")
+        (settings,) = json.loads(out)["settings"]
+        assert len(settings["contexts"]) == 2
+        assert settings["context_layout"] == layout
+    assert files[0].read_bytes() != files[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        (["--size", "48x32"], "48x32"),
+        (["--size", "50X47"], "48x32"),
+        (["--size", "auto"], "80x48"),
+        (["--no-auto-resize"], "64x32"),
+    ],
+)
+def test_sizes(run: Run, edit: list[object], options: list[str], size: str) -> None:
+    code, out, _ = run(*edit, *options)
+    assert code == 0
+    assert f"({size}, seed 7)" in out
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".webp", ".PNG"])
+def test_other_kinds_of_output(run: Run, edit: list[object], tmp_path: Path, suffix: str) -> None:
+    assert run(*edit, "-o", tmp_path / f"out{suffix}")[0] == 0
+    with Image.open(tmp_path / f"out{suffix}") as picture:
+        assert picture.size == (80, 48)
+
+
+def test_text_to_image(run: Run, edit: list[object], tmp_path: Path) -> None:
+    code, out, err = run("generate", *edit[2:])
+    assert (code, err) == (0, "")
+    assert out == f"{tmp_path / 'out.png'} (64x64, seed 7)\n"
+    code, out, _ = run("generate", *edit[2:-2], "--json")
+    seed = json.loads(out)["settings"][0]["seed"]
+    assert 0 <= seed < 2**32
+    first = (tmp_path / "out.png").read_bytes()
+    run("generate", *edit[2:-2], "--seed", seed)
+    assert (tmp_path / "out.png").read_bytes() == first
+
+
+def test_a_negative_prompt(run: Run, edit: list[object], tmp_path: Path) -> None:
+    run(*edit)
+    plain = (tmp_path / "out.png").read_bytes()
+    code, out, _ = run(*edit, "--negative-prompt", "blue", "--true-cfg", 3, "--json")
+    assert code == 0
+    (settings,) = json.loads(out)["settings"]
+    assert (settings["negative_prompt"], settings["true_cfg_scale"]) == ("blue", 3)
+    assert (tmp_path / "out.png").read_bytes() != plain
+
+
+def test_parts_from_elsewhere(
+    run: Run, edit: list[object], small_model: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(small_model, tmp_path / "model"))
+    shutil.rmtree(model / "text_encoder")
+    shutil.rmtree(model / "tokenizer_2")
+    assert_error(run(*edit, "--model", model), 3, "text_encoder")
+    parts = ["--text-encoder", small_model, "--tokenizer-2", small_model / "tokenizer_2"]
+    assert run(*edit, "--model", model, *parts)[0] == 0
+
+
+# inspect and doctor
+
+
+def test_inspect_a_folder(run: Run, small_model: Path) -> None:
+    code, out, err = run("inspect", small_model, "--json")
+    facts = json.loads(out)
+    assert (code, err) == (0, "")
+    assert facts["kind"] == "diffusers folder"
+    assert sorted(facts["networks"]) == ["text_encoder", "text_encoder_2", "transformer", "vae"]
+    transformer = facts["networks"]["transformer"]
+    assert transformer["dtypes"] == {"F32": transformer["tensors"]}
+    assert transformer["bytes"] == 4 * transformer["parameters"]
+    assert transformer["config"]["depth"] == 1
+    code, out, _ = run("inspect", small_model / "vae")
+    assert code == 0
+    assert "kind: network\n" in out
+    assert "    layout: diffusers\n" in out
+
+
+def test_inspect_a_single_file(run: Run, small_model: Path, tmp_path: Path) -> None:
+    (file,) = (small_model / "transformer").glob("*.safetensors")
+    facts = json.loads(run("inspect", file, "--json")[1])
+    assert facts["kind"] == "single file"
+    assert list(facts["networks"]) == ["transformer"]
+    assert facts["metadata"] == {"format": "pt"}
+    other = tmp_path / "other.safetensors"
+    save_file({"a": torch.ones(2, 3, dtype=torch.int64), "b": torch.ones(5).bool()}, other)
+    facts = json.loads(run("inspect", other, "--json")[1])
+    assert facts["kind"] == "safetensors file of no known network"
+    assert facts["tensors"] == {
+        "tensors": 2, "parameters": 11, "bytes": 53, "dtypes": {"I64": 1, "BOOL": 1}
+    }  # fmt: skip
+
+
+def test_inspect_a_picture_of_somebody_else(run: Run, scene: Path) -> None:
+    code, out, err = run("inspect", scene)
+    assert (code, err) == (0, "")
+    assert out == "kind: picture\nformat: PNG\nsize: 70x40\nmode: RGB\nsettings: none\n"
+
+
+def test_inspect_what_it_cannot(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("hello")
+    (tmp_path / "text.safetensors").write_text("hello")
+    (tmp_path / "folder").mkdir()
+    assert_error(run("inspect", tmp_path / "text.txt"), 2, "expected an image", "text.txt")
+    assert_error(run("inspect", tmp_path / "text.safetensors"), 3, "damaged", "text.safetensors")
+    assert_error(run("inspect", tmp_path / "folder"), 3, "expected a diffusers folder")
+    assert_error(run("inspect", tmp_path / "nothing"), 3, "found none")
+    assert_error(run("inspect"), 2, "path", "--help")
+
+
+def test_doctor(run: Run) -> None:
+    code, out, err = run("doctor")
+    assert (code, err) == (0, "")
+    assert f"fluxkontext: {__version__}\n" in out
+    code, out, err = run("doctor", "--json")
+    assert (code, err) == (0, "")
+    facts = json.loads(out)
+    assert facts["packages"]["torch"] == importlib.metadata.version("torch")
+    native = facts["backends"]["native"]
+    assert native["available"] is True
+    assert native["devices"][0] == {"device": "cpu", "precisions": ["fp32", "bf16", "fp16"]}
+
+
+def test_version_and_help(run: Run) -> None:
+    assert run("--version") == (0, f"fluxkontext {__version__}\n", "")
+    for arguments in (["--help"], ["edit", "--help"], ["inspect", "--help"]):
+        code, out, err = run(*arguments)
+        assert (code, err) == (0, "")
+        assert out.startswith("usage: fluxkontext")
+
+
+# what does not
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["improve"],
+        ["edit"],
+        ["edit", "scene.png"],
+        ["edit", "-p", "x", "-o", "out.png", "--model", "m"],
+        ["generate", "-p", "x", "-o", "out.png"],
+        ["inspect", "a", "b"],
+        ["doctor", "--loudly"],
+    ],
+)
+def test_usage(run: Run, arguments: list[str]) -> None:
+    assert_error(run(*arguments), 2, "; see fluxkontext", "--help")
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (["--size", "big"], "--size: expected WxH, each 1 to 8192, or auto, found 'big'"),
+        (["--size", "64"], "--size"),
+        (["--size", "64x"], "--size"),
+        (["--size", "-1x64"], "--size"),
+        (["--size", "0x64"], "--size"),
+        (["--size", "64x64x64"], "--size"),
+        (["--size", "1x8192"], "size: expected sides of"),
+        (["--size", "1000000x1000000"], "--size"),
+        (["--steps", "0"], "--steps"),
+        (["--steps", "1000000000"], "--steps"),
+        (["--steps", "2.5"], "--steps"),
+        (["-n", "0"], "--num-images"),
+        (["-n", "-1"], "--num-images"),
+        (["--seed", "seven"], "--seed"),
+        (["--guidance", "nan"], "guidance_scale"),
+        (["--guidance", "strong"], "--guidance"),
+        (["--true-cfg", "inf"], "true_cfg_scale"),
+        (["--deadline", "0"], "deadline"),
+        (["--deadline", "nan"], "deadline"),
+        (["--context-layout", "sideways"], "--context-layout"),
+        (["--backend", "magic"], "backend"),
+        (["-p", "\udcff"], "prompt: expected Unicode"),
+    ],
+)
+def test_wrong_options(
+    run: Run, edit: list[object], tmp_path: Path, options: list[str], part: str
+) -> None:
+    assert_error(run(*edit, *options), 2, part)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "part"),
+    [
+        ("text.png", b"this is text", "expected an image"),
+        ("empty.png", b"", "expected an image"),
+        ("bomb.png", None, "expected"),
+        ("cut.png", None, "expected a whole picture"),
+        ("none.png", None, "expected an image file, found none"),
+    ],
+)
+def test_wrong_pictures(
+    run: Run,
+    edit: list[object],
+    scene: Path,
+    tmp_path: Path,
+    name: str,
+    content: bytes | None,
+    part: str,
+) -> None:
+    file = tmp_path / name
+    if name == "bomb.png":
+        data = bytearray(scene.read_bytes())
+        data[16:24] = (100_000).to_bytes(4, "big") * 2
+        import zlib
+
+        data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+        content = bytes(data)
+    elif name == "cut.png":
+        content = scene.read_bytes()[:2000]
+    if content is not None:
+        file.write_bytes(content)
+    assert_error(run("edit", file, *edit[2:]), 2, str(file), part)
+    assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        "missing/out.png",
+        "out.txt",
+        "out",
+        "folder.png",
+        "file.txt/out.png",
+        "x" * 300 + ".png",
+        ".",
+    ],
+)
+@pytest.mark.parametrize("count", [1, 2])
+def test_outputs_that_cannot_be_written(
+    run: Run, edit: list[object], tmp_path: Path, output: str, count: int
+) -> None:
+    for folder in ("folder.png", "folder-1.png"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "file.txt").touch()
+    outcome = run(*edit, "--model", "not looked at", "-o", tmp_path / output, "-n", count)
+    assert_error(outcome, 2, "expected")
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
+def test_a_folder_that_takes_no_files(run: Run, edit: list[object]) -> None:
+    outcome = run(*edit, "--model", "not looked at", "-o", "/proc/out.png")
+    assert_error(outcome, 2, "expected a place that can be written")
+
+
+def test_weights_that_are_missing_or_damaged(
+    run: Run, edit: list[object], small_model: Path, tmp_path: Path
+) -> None:
+    assert_error(run(*edit, "--model", tmp_path / "no model"), 3, "expected a folder")
+    assert_error(run(*edit, "--model", "nobody/nothing"), 3, "hf download nobody/nothing")
+    (file,) = (small_model / "transformer").glob("*.safetensors")
+    assert_error(
+        run(*edit, "--model", file), 3, "--vae, --text-encoder, --text-encoder-2, --tokenizer"
+    )
+    model = Path(shutil.copytree(small_model, tmp_path / "model"))
+    (file,) = (model / "vae").glob("*.safetensors")
+    os.truncate(file, file.stat().st_size // 2)
+    assert_error(run(*edit, "--model", model), 3, str(file), "damaged")
+    assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize("options", [["--device", "cuda:99"], ["--precision", "fp4"]])
+def test_what_this_machine_cannot_run(run: Run, edit: list[object], options: list[str]) -> None:
+    assert_error(run(*edit, *options), 1, "expected", options[1])
+
+
+def test_a_deadline_leaves_no_output(run: Run, edit: list[object], tmp_path: Path) -> None:
+    outcome = run(*edit, "--deadline", 0.05, "--steps", 1000)
+    assert_error(outcome, 7, "expected to finish in 0.05 s")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_where_and_keeps_the_code(
+    edit: list[object], namespace_env: dict[str, str], tmp_path: Path
+) -> None:
+    done = command([*edit, "--model", "no model", "--debug"], namespace_env, tmp_path)
+    assert done.returncode == 3
+    assert "Traceback" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("fluxkontext: no model: expected")
+
+
+# as a process of its own
+
+
+def test_an_edit_as_a_process(
+    edit: list[object], namespace_env: dict[str, str], tmp_path: Path
+) -> None:
+    """A terminal's bar aside, stderr stays empty."""
+    done = command([*edit, "-o", "out.jpg"], namespace_env, tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "out.jpg (80x48, seed 7)\n", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jpg"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_stdout_that_cannot_be_written(namespace_env: dict[str, str], tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = command(
+            ["doctor"], namespace_env, tmp_path, capture_output=False, stdout=full,
+            stderr=subprocess.PIPE,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "No space left" in done.stderr
+
+
+def test_a_reader_that_has_gone(namespace_env: dict[str, str], tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = command(
+            ["doctor"], namespace_env, tmp_path, capture_output=False, stdout=writer,
+            stderr=subprocess.PIPE,
+        )  # fmt: skip
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+RUN_HOOKED = """
+import sys
+from pathlib import Path
+from fluxkontext.runtime.backends.native import NativeBackend
+from fluxkontext.runtime.cli import main
+real = NativeBackend.step
+def step(self, state, i):
+    real(self, state, i)
+    {hook}
+NativeBackend.step = step
+sys.exit(main(sys.argv[1:]))
+"""
+"""The command, with something to do after each step."""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a signal")
+@pytest.mark.parametrize("before", [None, b"an older picture"])
+def test_interrupted_in_mid_run(
+    edit: list[object], namespace_env: dict[str, str], tmp_path: Path, before: bytes | None
+) -> None:
+    output, mark = tmp_path / "out.png", tmp_path / "stepped"
+    if before:
+        output.write_bytes(before)
+    code = RUN_HOOKED.format(hook="Path('stepped').touch()")
+    arguments = [*edit, "--steps", 10_000]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env=namespace_env,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        end = time.monotonic() + 60
+        while not mark.exists():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert (process.returncode, out, err) == (130, "", "fluxkontext: interrupted\n")
+    mark.unlink()
+    assert [path.name for path in tmp_path.iterdir()] == (["out.png"] if before else [])
+    assert not before or output.read_bytes() == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+def test_out_of_memory_in_mid_run(
+    edit: list[object], namespace_env: dict[str, str], tmp_path: Path
+) -> None:
+    """After the first step the process may grow no more, and the decoder's tiles do not fit."""
+    code = "import resource\n" + RUN_HOOKED.format(
+        hook="resource.setrlimit(resource.RLIMIT_AS, (int(Path('/proc/self/statm').read_text()"
+        ".split()[0]) * resource.getpagesize(), resource.RLIM_INFINITY))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, [*edit, "--size", "1024x1024", "--steps", 1])],
+        env=namespace_env | {"OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert_error((done.returncode, done.stdout, done.stderr), 5, "expected enough memory")
+    assert list(tmp_path.iterdir()) == []

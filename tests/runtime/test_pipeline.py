@@ -1,0 +1,697 @@
+"""The pipeline's contract: memos, callbacks, limits, threads, and calls that fail."""
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from fluxkontext.runtime import (
+    BackendUnavailableError,
+    CancelledError,
+    ClosedError,
+    DeadlineError,
+    InvalidInputError,
+    KontextError,
+    KontextPipeline,
+    QueueFullError,
+    Transform,
+)
+from fluxkontext.runtime.geometry import pack
+from fluxkontext.runtime.memo import Memo
+from fluxkontext.runtime.noise import NoiseStream
+
+
+def photo(seed: int = 0, width: int = 64, height: int = 64) -> Any:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+EDIT: dict[str, Any] = {
+    "image": photo(),
+    "prompt": "make it red",
+    "num_inference_steps": 3,
+    "seed": 7,
+    "output_type": "latent",
+}
+
+
+@pytest.fixture(scope="module")
+def pipe(small_model: Path) -> Iterator[KontextPipeline]:
+    with KontextPipeline.from_pretrained(small_model) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def usual(pipe: KontextPipeline) -> Any:
+    """What ``EDIT`` gives."""
+    return pipe(**EDIT).images
+
+
+@pytest.fixture
+def still_works(pipe: KontextPipeline, usual: Any) -> Iterator[None]:
+    """After the test the pipeline gives what it gave before, and nobody waits in it."""
+    yield
+    np.testing.assert_array_equal(pipe(**EDIT).images, usual)
+    assert waiting(pipe) == 0
+
+
+def waiting(pipe: KontextPipeline) -> int:
+    """Calls inside and in the queue."""
+    return len(pipe._turnstile._line)
+
+
+def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.002)
+
+
+class Call(threading.Thread):
+    """A call in a thread of its own; its result or its error is kept."""
+
+    def __init__(self, pipe: KontextPipeline, **arguments: Any) -> None:
+        super().__init__(daemon=True)
+        self.pipe, self.arguments = pipe, arguments
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.result = self.pipe(**self.arguments)
+        except BaseException as error:
+            self.error = error
+
+    def done(self) -> "Call":
+        self.join(30)
+        assert not self.is_alive()
+        return self
+
+
+class Held:
+    """A call that stays inside the pipeline, at its first step, until it is let go."""
+
+    def __init__(self, pipe: KontextPipeline) -> None:
+        self.go, inside = threading.Event(), threading.Event()
+
+        def hold(_: Any, step: int, *__: Any) -> None:
+            inside.set()
+            assert self.go.wait(30)
+
+        self.call = Call(pipe, **EDIT, callback_on_step_end=hold)
+        assert inside.wait(30)
+
+    def __enter__(self) -> "Held":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.go.set()
+        self.call.done()
+
+
+# memos
+
+
+def test_a_memo_keeps_the_most_recent() -> None:
+    made: list[str] = []
+
+    def make(key: str) -> str:
+        return memo.get(key, lambda: made.append(key) or key.upper())  # type: ignore[func-returns-value]
+
+    memo: Memo[str] = Memo(2)
+    assert [make(key) for key in "abab"] == ["A", "B", "A", "B"]
+    make("a")
+    make("c")  # b has waited longest
+    make("a")
+    make("b")
+    assert made == ["a", "b", "c", "b"]
+    assert (memo.hits, memo.misses) == (4, 4)
+    memo.clear()
+    make("a")
+    assert made[-1] == "a"
+
+
+def test_a_memo_of_none_keeps_nothing() -> None:
+    memo: Memo[int] = Memo(0)
+    assert [memo.get("a", lambda i=i: i) for i in range(3)] == [0, 1, 2]  # type: ignore[misc]
+    assert memo.hits == 0
+
+
+def test_a_memo_keeps_no_failure() -> None:
+    memo: Memo[int] = Memo(2)
+    with pytest.raises(ZeroDivisionError):
+        memo.get("a", lambda: 1 // 0)
+    assert memo.get("a", lambda: 5) == 5
+
+
+def counts(pipe: KontextPipeline) -> tuple[int, int, int, int]:
+    texts, images = pipe.text_memo, pipe.image_memo
+    return texts.hits, texts.misses, images.hits, images.misses
+
+
+def test_prompts_and_pictures_are_remembered(pipe: KontextPipeline, usual: Any) -> None:
+    pipe.clear_memos()
+    start = np.array(counts(pipe))
+
+    def since() -> list[int]:
+        return list(np.array(counts(pipe)) - start)
+
+    np.testing.assert_array_equal(pipe(**EDIT).images, usual)
+    assert since() == [0, 1, 0, 1]
+    np.testing.assert_array_equal(pipe(**EDIT).images, usual)
+    assert since() == [1, 1, 1, 1]
+    pipe(**EDIT | {"image": Image.fromarray(photo())})  # the same content in another form
+    assert since() == [2, 1, 2, 1]
+    changed = photo()
+    changed[0, 0, 0] ^= 1
+    assert not np.array_equal(pipe(**EDIT | {"image": changed}).images, usual)
+    assert since() == [3, 1, 2, 2]
+    pipe(**EDIT | {"image": photo().transpose(1, 0, 2)})
+    assert since() == [4, 1, 2, 3]
+    pipe(**EDIT | {"prompt_2": "another"})
+    pipe(**EDIT | {"max_sequence_length": 32})
+    assert since() == [4, 3, 4, 3]
+
+
+def test_a_picture_that_changes_in_place_is_another(pipe: KontextPipeline) -> None:
+    picture = photo(3)
+    first = pipe(**EDIT | {"image": picture}).images
+    picture[:] = 0
+    second = pipe(**EDIT | {"image": picture}).images
+    assert not np.array_equal(first, second)
+
+
+def test_memos_are_bounded_and_may_be_off(small_model: Path, usual: Any) -> None:
+    with KontextPipeline.from_pretrained(small_model, memo_entries=2) as pipe:
+        for i in range(5):
+            pipe(**EDIT | {"prompt": str(i), "image": photo(i), "num_inference_steps": 1})
+        assert len(pipe.text_memo._values) == len(pipe.image_memo._values) == 2
+    with KontextPipeline.from_pretrained(small_model, memo_entries=0) as pipe:
+        for _ in range(2):
+            np.testing.assert_array_equal(pipe(**EDIT).images, usual)
+        assert counts(pipe) == (0, 2, 0, 2)
+
+
+@pytest.mark.parametrize("encode", ["encode_text", "encode_image"])
+@pytest.mark.usefixtures("still_works")
+def test_a_failing_encoder_leaves_no_trace(
+    pipe: KontextPipeline, encode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh = EDIT | {"prompt": f"never seen by {encode}", "image": photo(hash(encode) % 1000)}
+
+    def fail(_: object) -> None:
+        raise RuntimeError("the encoder broke")
+
+    monkeypatch.setattr(pipe.backend, encode, fail)
+    with pytest.raises(RuntimeError, match="the encoder broke"):
+        pipe(**fresh)
+    monkeypatch.undo()
+    first = pipe(**fresh).images
+    pipe.clear_memos()
+    np.testing.assert_array_equal(pipe(**fresh).images, first)
+
+
+@pytest.mark.parametrize("option", ["memo_entries", "max_queue"])
+@pytest.mark.parametrize("wrong", [-1, 1.5, "2", None])
+def test_limits_of_a_pipeline_are_whole_numbers(small_model: Path, option: str, wrong: Any) -> None:
+    with pytest.raises(InvalidInputError, match=f"{option}: expected a whole number"):
+        KontextPipeline.from_pretrained(small_model, **{option: wrong})
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "error"),
+    [
+        ("precision", "fp8", BackendUnavailableError),
+        ("precision", "double", BackendUnavailableError),
+        ("device", "cuda:99", BackendUnavailableError),
+        ("device", "toaster", BackendUnavailableError),
+        ("backend", "tensorrt", KontextError),
+    ],
+)
+def test_what_is_asked_for_by_name_is_never_replaced(
+    small_model: Path, option: str, value: str, error: type[KontextError]
+) -> None:
+    with pytest.raises(error, match="expected") as caught:
+        KontextPipeline.from_pretrained(small_model, **{option: value})  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+# callbacks
+
+
+@pytest.mark.usefixtures("still_works")
+def test_a_callback_sees_every_step(pipe: KontextPipeline, usual: Any) -> None:
+    seen: list[tuple[int, float, Any]] = []
+
+    def look(it: Any, step: int, timestep: float, tensors: dict[str, Any]) -> dict[str, Any]:
+        assert it is pipe
+        assert sorted(tensors) == ["latents"]
+        assert tensors["latents"].dtype == np.float32
+        seen.append((step, timestep, tensors["latents"]))
+        return tensors
+
+    found = pipe(**EDIT, callback_on_step_end=look).images
+    np.testing.assert_array_equal(found, usual)
+    np.testing.assert_array_equal(seen[-1][2], usual)
+    assert [step for step, _, _ in seen] == [0, 1, 2]
+    assert seen[0][1] == pytest.approx(1000)
+    assert all(before > after > 0 for (_, before, _), (_, after, _) in zip(seen, seen[1:]))  # noqa: B905, RUF007
+    assert not np.array_equal(seen[0][2], seen[1][2])
+
+
+@pytest.mark.usefixtures("still_works")
+def test_a_callback_may_change_what_it_is_given_without_effect(
+    pipe: KontextPipeline, usual: Any
+) -> None:
+    def spoil(_: Any, __: int, ___: float, tensors: dict[str, Any]) -> None:
+        tensors["latents"][:] = 0
+
+    np.testing.assert_array_equal(pipe(**EDIT, callback_on_step_end=spoil).images, usual)
+
+
+@pytest.mark.usefixtures("still_works")
+def test_a_callback_replaces_the_latents(pipe: KontextPipeline, usual: Any) -> None:
+    flat = np.full_like(usual, 0.25)
+
+    def replace(_: Any, step: int, __: float, tensors: dict[str, Any]) -> dict[str, Any]:
+        return {"latents": flat} if step == 2 else {}
+
+    for inputs in (["latents"], []):
+        found = pipe(
+            **EDIT, callback_on_step_end=replace, callback_on_step_end_tensor_inputs=inputs
+        )
+        np.testing.assert_array_equal(found.images, flat)
+
+    def replace_by_tensor(_: Any, step: int, __: float, tensors: dict[str, Any]) -> Any:
+        return {"latents": torch.from_numpy(flat)} if step == 2 else None
+
+    found = pipe(**EDIT, callback_on_step_end=replace_by_tensor)
+    np.testing.assert_array_equal(found.images, flat)
+
+
+@pytest.mark.parametrize("inputs", [[], (), None])
+@pytest.mark.usefixtures("still_works")
+def test_nothing_is_read_unless_asked_for(
+    pipe: KontextPipeline, inputs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(_: object) -> None:
+        raise AssertionError("the latents were copied")
+
+    monkeypatch.setattr(pipe.backend, "read", forbidden)
+    seen: list[dict[str, Any]] = []
+    pipe(
+        **EDIT | {"output_type": "np"},
+        callback_on_step_end=lambda *arguments: seen.append(arguments[3]),
+        callback_on_step_end_tensor_inputs=inputs,
+    )
+    assert seen == [{}, {}, {}]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, MemoryError])
+@pytest.mark.parametrize("at", [0, 2])
+@pytest.mark.usefixtures("still_works")
+def test_an_error_in_a_callback_comes_out_as_it_is(
+    pipe: KontextPipeline, error: type[BaseException], at: int
+) -> None:
+    def fail(_: Any, step: int, *__: Any) -> None:
+        if step == at:
+            raise error("from the callback")
+
+    with pytest.raises(error, match="from the callback"):
+        pipe(**EDIT, callback_on_step_end=fail)
+
+
+@pytest.mark.usefixtures("still_works")
+def test_a_call_from_inside_is_an_error_and_no_deadlock(pipe: KontextPipeline) -> None:
+    inner: list[BaseException] = []
+
+    def call_again(it: KontextPipeline, *_: Any) -> None:
+        for attempt in (lambda: it(**EDIT), it.close, it.clear_memos, it.warmup):
+            with pytest.raises(KontextError, match="from inside its own callback") as caught:
+                attempt()
+            inner.append(caught.value)
+
+    pipe(**EDIT, callback_on_step_end=call_again)
+    assert len(inner) == 4 * 3
+
+
+# limits of a call
+
+
+@pytest.mark.usefixtures("still_works")
+def test_cancelled_before_it_starts(pipe: KontextPipeline) -> None:
+    cancel = threading.Event()
+    cancel.set()
+    with pytest.raises(CancelledError):
+        pipe(**EDIT, cancel=cancel)
+
+
+@pytest.mark.usefixtures("still_works")
+def test_cancelled_in_mid_run(pipe: KontextPipeline) -> None:
+    cancel, steps = threading.Event(), []
+
+    def stop(_: Any, step: int, *__: Any) -> None:
+        steps.append(step)
+        if step == 1:
+            cancel.set()
+
+    with pytest.raises(CancelledError):
+        pipe(**EDIT | {"num_inference_steps": 50}, cancel=cancel, callback_on_step_end=stop)
+    assert steps == [0, 1]
+
+
+@pytest.mark.usefixtures("still_works")
+def test_too_late_in_mid_run(pipe: KontextPipeline) -> None:
+    steps: list[int] = []
+
+    def dawdle(_: Any, step: int, *__: Any) -> None:
+        steps.append(step)
+        time.sleep(0.6)
+
+    with pytest.raises(DeadlineError, match=r"expected to finish in 0\.5 s, found \d\.\d\d s gone"):
+        pipe(**EDIT | {"num_inference_steps": 50}, deadline=0.5, callback_on_step_end=dawdle)
+    assert steps in ([0], [])
+
+
+def test_a_deadline_that_is_kept(pipe: KontextPipeline, usual: Any) -> None:
+    np.testing.assert_array_equal(pipe(**EDIT, deadline=1000).images, usual)
+
+
+@pytest.mark.usefixtures("still_works")
+def test_cancelled_and_too_late_while_waiting(pipe: KontextPipeline) -> None:
+    cancel = threading.Event()
+    with Held(pipe) as held:
+        cancelled = Call(pipe, **EDIT, cancel=cancel)
+        until(lambda: waiting(pipe) == 2)
+        late = Call(pipe, **EDIT, deadline=0.1)
+        assert isinstance(late.done().error, DeadlineError)
+        cancel.set()
+        assert isinstance(cancelled.done().error, CancelledError)
+        assert waiting(pipe) == 1
+        assert held.call.is_alive()
+    assert held.call.error is None
+
+
+# threads
+
+
+@pytest.mark.usefixtures("still_works")
+def test_eight_threads_get_what_each_gets_alone(pipe: KontextPipeline) -> None:
+    edits = [
+        EDIT
+        | {
+            "prompt": f"edit {i}",
+            "seed": i,
+            "image": [None, photo(i), [photo(i), photo(i + 1)]][i % 3],
+            "height": 32 + 16 * (i % 2),
+            "width": 48,
+            "max_area": 48 * (32 + 16 * (i % 2)),
+            "output_type": ["latent", "np"][i % 2],
+        }
+        for i in range(8)
+    ]
+    alone = [pipe(**edit).images for edit in edits]
+    pipe.clear_memos()
+    calls = [Call(pipe, **edit) for edit in edits for _ in range(2)]
+    for i, call in enumerate(calls):
+        assert call.done().error is None
+        np.testing.assert_array_equal(call.result.images, alone[i // 2])
+
+
+@pytest.mark.usefixtures("still_works")
+def test_calls_are_served_in_the_order_of_arrival(pipe: KontextPipeline) -> None:
+    served: list[int] = []
+    calls = []
+    with Held(pipe):
+        for i in range(8):
+            calls.append(Call(pipe, **EDIT, callback_on_step_end=lambda *_, i=i: served.append(i)))
+            until(lambda i=i: waiting(pipe) == i + 2)  # type: ignore[misc]
+        assert served == []
+    for call in calls:
+        assert call.done().error is None
+    assert served == [i for i in range(8) for _ in range(3)]
+    queued = [call.result.timings["queue"] for call in calls]
+    assert queued == sorted(queued)[:1] + queued[1:]
+    assert min(queued) > 0
+
+
+def test_a_full_queue_refuses(small_model: Path, usual: Any) -> None:
+    for limit in (0, 2):
+        with KontextPipeline.from_pretrained(small_model, max_queue=limit) as pipe:
+            with Held(pipe):
+                calls = []
+                for i in range(limit):
+                    calls.append(Call(pipe, **EDIT))
+                    until(lambda i=i: waiting(pipe) == i + 2)  # type: ignore[misc]
+                with pytest.raises(QueueFullError, match=f"at most {limit} waiting calls"):
+                    pipe(**EDIT)
+            for call in calls:
+                np.testing.assert_array_equal(call.done().result.images, usual)
+            np.testing.assert_array_equal(pipe(**EDIT).images, usual)
+
+
+def test_closing_lets_one_finish_and_refuses_the_rest(small_model: Path, usual: Any) -> None:
+    pipe = KontextPipeline.from_pretrained(small_model)
+    with Held(pipe) as held:
+        calls = [Call(pipe, **EDIT) for _ in range(3)]
+        until(lambda: waiting(pipe) == 4)
+        closer = threading.Thread(target=pipe.close)
+        closer.start()
+        for call in calls:
+            assert isinstance(call.done().error, ClosedError)
+        with pytest.raises(ClosedError):
+            pipe(**EDIT)
+        assert closer.is_alive()
+    np.testing.assert_array_equal(held.call.result.images, usual)
+    closer.join(30)
+    assert not closer.is_alive()
+    pipe.close()
+    for call_again in (lambda: pipe(**EDIT), pipe.warmup, pipe.clear_memos):
+        with pytest.raises(ClosedError, match="found a closed one; load it again"):
+            call_again()
+
+
+def test_leaving_the_block_closes(small_model: Path) -> None:
+    with (
+        pytest.raises(ValueError, match="inside"),
+        KontextPipeline.from_pretrained(small_model) as pipe,
+    ):
+        raise ValueError("inside")
+    with pytest.raises(ClosedError):
+        pipe(**EDIT)
+
+
+# warm-up
+
+
+@pytest.mark.usefixtures("still_works")
+def test_warming_up(pipe: KontextPipeline) -> None:
+    pipe.warmup()
+    pipe.warmup([(32, 48), (48, 32)], contexts=2, batch=2)
+    pipe.warmup([(32, 32)], contexts=0)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"sizes": [(0, 64)]},
+        {"sizes": [(64, -1)]},
+        {"sizes": [(10**6, 10**6)]},
+        {"sizes": [("64", 64)]},
+        {"sizes": [(8, 8)]},
+        {"contexts": -1},
+        {"batch": 0},
+    ],
+)
+@pytest.mark.usefixtures("still_works")
+def test_warming_up_for_what_cannot_be(pipe: KontextPipeline, wrong: dict[str, Any]) -> None:
+    with pytest.raises(InvalidInputError, match="expected"):
+        pipe.warmup(**wrong)
+
+
+# memory
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+def test_out_of_memory_in_mid_run(
+    small_model: Path, tmp_path: Path, namespace_env: dict[str, str]
+) -> None:
+    """The limit falls while the first of two pictures is made. What is cached may still do for
+    that one, but not for the second, which is much larger."""
+    code = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from fluxkontext.runtime import KontextPipeline, OutOfMemoryError
+pipe = KontextPipeline.from_pretrained(sys.argv[1])
+small = dict(prompt="a", num_inference_steps=2, seed=1, output_type="latent", image=None)
+before = pipe(**small).images
+pictures = [np.zeros((side, side, 3), np.uint8) for side in (64, 1536)]
+steps = []
+def lower(*_):
+    steps.append(1)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**20, resource.RLIM_INFINITY))
+for _ in range(2):
+    try:
+        pipe(pictures, ["a", "b"], num_inference_steps=2, seed=1, auto_resize=False,
+             callback_on_step_end=lower)
+    except OutOfMemoryError as error:
+        print(len(steps), error)
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+    assert np.array_equal(pipe(**small).images, before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(small_model)],
+        env=namespace_env | {"OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        steps, _, problem = line.partition(" ")
+        assert int(steps) >= 1
+        assert problem.startswith("expected enough memory for this edit, found: ")
+
+
+# results
+
+
+def test_pictures_of_different_sizes_in_one_call(pipe: KontextPipeline) -> None:
+    pictures = [photo(0, 64, 48), photo(1, 32, 32), photo(2, 64, 48), photo(3, 48, 64)]
+    prompts = [f"edit {i}" for i in range(4)]
+    shared = EDIT | {"auto_resize": False, "output_type": "np"}
+    found = pipe(**shared | {"image": pictures, "prompt": prompts, "seed": [0, 1, 2, 3]})
+    for i, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
+        alone = pipe(**shared | {"image": picture, "prompt": prompt, "seed": i})
+        assert found.images[i].shape == picture.shape
+        np.testing.assert_allclose(found.images[i], alone.images[0], atol=1.01 / 255)
+        expected = alone.settings[0] | {"index": i}
+        assert found.settings[i] == expected
+        assert found.transforms[i] == alone.transforms[0]
+        if i in (1, 3):  # alone in their group
+            np.testing.assert_array_equal(found.images[i], alone.images[0])
+
+
+def test_several_pictures_of_a_prompt_are_sequential_draws(pipe: KontextPipeline) -> None:
+    found = pipe(**EDIT, num_images_per_prompt=3)
+    stream = NoiseStream(7)
+    latents = np.stack([pack(stream.normal(16, 8, 8)) for _ in range(3)])
+    given = pipe(**EDIT | {"seed": None, "num_images_per_prompt": 3, "latents": latents})
+    np.testing.assert_array_equal(found.images, given.images)
+    assert (found.seeds, given.seeds) == ([7, 7, 7], [None, None, None])
+    assert [settings["index"] for settings in found.settings] == [0, 1, 2]
+    assert not np.array_equal(found.images[0], found.images[1])
+
+
+def test_a_seed_that_was_drawn_is_reported_and_repeats(pipe: KontextPipeline) -> None:
+    first = pipe(**EDIT | {"seed": None})
+    (seed,) = first.seeds
+    assert seed is not None
+    np.testing.assert_array_equal(pipe(**EDIT | {"seed": seed}).images, first.images)
+    assert pipe(**EDIT | {"seed": None}).seeds != [seed]
+
+
+def test_output_types(pipe: KontextPipeline) -> None:
+    pil = pipe(**EDIT | {"output_type": "pil"}).images
+    array = pipe(**EDIT | {"output_type": "np"}).images
+    latent = pipe(**EDIT).images
+    assert [type(picture) for picture in pil] == [Image.Image]
+    assert (array.dtype, array.shape) == (np.float32, (1, 64, 64, 3))
+    np.testing.assert_array_equal(np.round(array[0] * 255), np.asarray(pil[0]))
+    assert (latent.dtype, latent.shape) == (np.float32, (1, 16, 64))
+    mixed = pipe(
+        **EDIT | {"image": [photo(0), photo(0, 32, 32)], "prompt": ["a", "b"], "auto_resize": False}
+    )
+    assert [picture.shape for picture in mixed.images] == [(16, 64), (4, 64)]
+
+
+def test_the_way_back_to_the_users_picture(pipe: KontextPipeline) -> None:
+    pictures = [photo(0, 100, 70), photo(1, 31, 33)]
+    found = pipe(**EDIT | {"image": pictures, "auto_resize": False, "output_type": "pil"})
+    assert found.images[0].size == (96, 64)
+    assert found.transforms == [
+        [Transform((100, 70), (96, 64), (96, 64)), Transform((31, 33), (16, 32), (96, 64))]
+    ]
+    for transform in found.transforms[0]:
+        assert transform.to_target(*transform.source) == transform.target
+        assert transform.to_source(*transform.target) == transform.source
+        x, y = transform.to_source(*transform.to_target(12.5, 7.25))
+        assert (x, y) == pytest.approx((12.5, 7.25))
+
+
+def test_settings_are_json_and_repeat_the_picture(pipe: KontextPipeline) -> None:
+    first = pipe(
+        **EDIT | {"num_inference_steps": np.int64(2), "guidance_scale": np.float32(3)},
+        negative_prompt="blue",
+        true_cfg_scale=2,
+    )
+    (settings,) = json.loads(json.dumps(first.settings))
+    assert settings == first.settings[0]
+    assert settings["prompt"] == "make it red"
+    assert settings["negative_prompt"] == "blue"
+    assert settings["size"] == "64x64"
+    assert settings["contexts"] == [{"source": "64x64", "model": "64x64"}]
+    names = ("prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale",
+             "true_cfg_scale", "context_layout", "auto_resize", "max_sequence_length")  # fmt: skip
+    again = pipe(image=photo(), output_type="latent", **{name: settings[name] for name in names})
+    np.testing.assert_array_equal(again.images, first.images)
+    assert json.loads(json.dumps(first.timings)) == first.timings
+    assert {"queue", "text", "image", "denoise", "decode", "total"} <= set(first.timings)
+    custom = pipe(**EDIT | {"sigmas": np.array([1.0, 0.5], np.float32)}).settings[0]
+    assert json.loads(json.dumps(custom))["sigmas"] == [1.0, 0.5]
+    assert custom["num_inference_steps"] == 2
+    assert "negative_prompt" not in custom
+    assert "true_cfg_scale" not in custom
+
+
+def test_tiny_and_stretched_pictures_run(pipe: KontextPipeline) -> None:
+    for width, height in [(1, 1), (1, 4000), (4000, 1), (15, 17)]:
+        for resize in (True, False):
+            if not resize and max(width, height) > 1000:
+                continue
+            edit = EDIT | {"image": photo(0, width, height), "num_inference_steps": 1}
+            found = pipe(**edit, auto_resize=resize)
+            assert np.isfinite(found.images).all()
+            assert found.transforms[0][0].source == (width, height)
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np", "latent"])
+def test_what_is_not_a_number_is_reported(
+    small_model: Path, tmp_path: Path, output_type: str
+) -> None:
+    model = Path(shutil.copytree(small_model, tmp_path / "model"))
+    (file,) = (model / "transformer").glob("*.safetensors")
+    state = load_file(file)
+    state["proj_out.bias"][3] = torch.nan
+    save_file(state, file)
+    with KontextPipeline.from_pretrained(model) as pipe:
+        for _ in range(2):
+            with pytest.raises(KontextError, match="expected finite latents, found NaN"):
+                pipe(**EDIT | {"output_type": output_type})
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_every_precision_runs_and_is_near(small_model: Path, usual: Any, precision: str) -> None:
+    with KontextPipeline.from_pretrained(small_model, precision=precision) as pipe:
+        assert pipe.about["precision"] == precision
+        found = pipe(**EDIT).images
+        (picture,) = pipe(**EDIT | {"output_type": "pil"}).images
+    assert picture.size == (64, 64)
+    error = np.sqrt(np.mean((found - usual) ** 2) / np.mean(usual**2))
+    assert error <= {"fp32": 0.0, "fp16": 0.01, "bf16": 0.05}[precision]
