@@ -21,14 +21,24 @@ CORE = [
 ]
 
 EXTRAS = {
-    "cpu": ["onnxruntime>=1.22,<2"],
-    "gpu": ["onnxruntime-gpu[cuda,cudnn]>=1.22,<2"],
+    # These two wheels hold the same module and overwrite each other: never install both.
+    "cpu": [
+        "onnxruntime>=1.22,<2",
+    ],
+    "gpu": [
+        "onnxruntime-gpu[cuda,cudnn]>=1.22,<2",
+    ],
     "torch": [
         "torch>=2.11,<2.14",
         "triton>=3.6,<3.8; sys_platform == 'linux'"
         " and (platform_machine == 'x86_64' or platform_machine == 'aarch64')",
     ],
-    "export": ["onnx>=1.19,<2", "onnxscript>=0.7,<0.8", "onnx-ir>=1,<2", "ml-dtypes>=0.5,<1"],
+    "export": [
+        "onnx>=1.19,<2",
+        "onnxscript>=0.7,<0.8",
+        "onnx-ir>=1,<2",
+        "ml-dtypes>=0.5,<1",
+    ],
     # diffusers and transformers are peers that results are compared with: nothing shipped imports
     # them. Formatter and type checker keep to one minor version, so that their verdict is stable.
     "test": [

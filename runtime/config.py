@@ -7,10 +7,10 @@ from typing import Any
 
 from .arguments import shown
 from .errors import CheckpointError
+from .fields import Fields
 
 _MOST_LAYERS = 128
 _MOST_LEVELS = 8
-_MOST = 1e6
 """Limits far above any real model: a damaged number must not become hours or terabytes."""
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -40,7 +40,7 @@ class TransformerConfig:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "TransformerConfig":
         """Read ``transformer/config.json`` (``FluxTransformer2DModel``)."""
-        read = _Reader("transformer/config.json", values)
+        read = Fields("transformer/config.json", values)
         read.expect("_class_name", "FluxTransformer2DModel")
         read.expect("patch_size", 1)
         in_channels = read.integer("in_channels", 64)
@@ -116,7 +116,7 @@ class VaeConfig:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "VaeConfig":
         """Read ``vae/config.json`` (``AutoencoderKL``)."""
-        read = _Reader("vae/config.json", values)
+        read = Fields("vae/config.json", values)
         read.expect("_class_name", "AutoencoderKL")
         read.expect("in_channels", 3)
         read.expect("out_channels", 3)
@@ -178,7 +178,7 @@ class ClipConfig:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "ClipConfig":
         """Read ``text_encoder/config.json`` (``CLIPTextModel``)."""
-        read = _Reader("text_encoder/config.json", values)
+        read = Fields("text_encoder/config.json", values)
         read.expect("hidden_act", "quick_gelu")
         hidden = read.integer("hidden_size", 512)
         heads = read.integer("num_attention_heads", 8)
@@ -229,7 +229,7 @@ class T5Config:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "T5Config":
         """Read ``text_encoder_2/config.json`` (``T5EncoderModel``)."""
-        read = _Reader("text_encoder_2/config.json", values)
+        read = Fields("text_encoder_2/config.json", values)
         read.expect("feed_forward_proj", "gated-gelu")
         buckets = read.integer("relative_attention_num_buckets", 32, least=4)
         distance = read.integer("relative_attention_max_distance", 128)
@@ -265,64 +265,6 @@ class T5Config:
             num_heads=heads,
             relative_attention_num_buckets=buckets,
         )
-
-
-class _Reader:
-    """Typed access to a JSON config, naming the file in every complaint."""
-
-    def __init__(self, file: str, values: Mapping[str, Any]) -> None:
-        self.file = file
-        self.values = values
-
-    def expect(self, name: str, wanted: object) -> None:
-        found = self.values.get(name)
-        if found is not None and found != wanted:
-            raise CheckpointError(
-                f"{self.file}: expected {name} {wanted}, found {shown(found)}; "
-                "this is not FLUX.1 Kontext"
-            )
-
-    def integer(self, name: str, default: int, most: int = 2**20, least: int = 1) -> int:
-        found = self.values.get(name, default)
-        if type(found) is not int or not least <= found <= most:
-            raise CheckpointError(
-                f"{self.file}: expected {name} to be a whole number from {least} to {most}, "
-                f"found {shown(found)}"
-            )
-        return found
-
-    def boolean(self, name: str, default: bool) -> bool:
-        found = self.values.get(name, default)
-        if not isinstance(found, bool):
-            raise CheckpointError(
-                f"{self.file}: expected {name} to be true or false, found {shown(found)}"
-            )
-        return found
-
-    def number(self, name: str, default: float) -> float:
-        """null is the default, as in diffusers."""
-        found = self.values.get(name)
-        found = default if found is None else found
-        if type(found) not in (int, float) or not abs(found) <= _MOST:
-            raise CheckpointError(
-                f"{self.file}: expected {name} to be a number, found {shown(found)}"
-            )
-        return float(found)
-
-    def positive(self, name: str, default: float) -> float:
-        found = self.number(name, default)
-        if found <= 0:
-            raise CheckpointError(f"{self.file}: expected {name} to be above 0, found {found}")
-        return found
-
-    def integers(self, name: str, default: list[int]) -> list[int]:
-        found: Any = self.values.get(name, default)
-        numbers: list[int] = found if isinstance(found, list) else []
-        if not numbers or not all(type(n) is int and 0 < n <= 2**20 for n in numbers):
-            raise CheckpointError(
-                f"{self.file}: expected {name} to be positive whole numbers, found {shown(found)}"
-            )
-        return numbers
 
 
 def _count(shapes: Shapes, pattern: str) -> int:

@@ -1,6 +1,5 @@
 """The editing pipeline: from a picture and a prompt to the edited picture, on any backend."""
 
-import hashlib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -12,15 +11,15 @@ from tqdm import tqdm
 
 from .about import VERSION
 from .arguments import choice, number, shown, whole
-from .backend import Backend, Batch, Embeddings, Floats, Handle, State, TokenIds
+from .backend import Backend, Floats, State
 from .checkpoint import PARTS
 from .config import VaeConfig
+from .encoding import Encoder
 from .errors import InvalidInputError, KontextError
-from .geometry import LAYOUTS, MAX_SIDE, Grid, Size, position_ids
+from .geometry import LAYOUTS, MAX_SIDE, Grid, Size
 from .jobs import Job, check_seeds, draw_noise, groups, place
 from .loader import load
-from .memo import Memo
-from .request import Picture, Text, packed_latents, pair, texts_of
+from .request import Text, packed_latents, pair, texts_of
 from .result import OUTPUT_TYPES, EditResult, Sampling, assemble
 from .schedule import MAX_STEPS, SchedulerConfig, sigmas_for, unshifted
 from .tokenizer import PromptTokenizer
@@ -60,13 +59,11 @@ class KontextPipeline:
         memo_entries = whole("memo_entries", memo_entries, 0, sys.maxsize)
         self.name = name
         self.backend = backend
-        self.tokenizer = tokenizer
         self.tokenizer_2 = tokenizer_2
         self.vae = vae
         self.scheduler = scheduler
         self.grid = Grid(2 * vae.downscale, vae.sample_size)
-        self.text_memo: Memo[Handle] = Memo(memo_entries)
-        self.image_memo: Memo[Handle] = Memo(memo_entries)
+        self.encoder = Encoder(backend, tokenizer, tokenizer_2, self.grid, memo_entries)
         self._turnstile = Turnstile(max_queue)
 
     @classmethod
@@ -224,8 +221,9 @@ class KontextPipeline:
             with tqdm(total=total, disable=not progress, unit="step") as bar:
                 for batch in batches:
                     sigmas_of = schedules[batch[0].target]
-                    state = self._begin(batch, sigmas_of, sampling, watch)
+                    encoded = self.encoder.batch(batch, sigmas_of, sampling, watch)
                     with watch.stage("denoise"):
+                        state = self.backend.begin(encoded)
                         for i in range(sampling.num_inference_steps):
                             watch.check()
                             self.backend.step(state, i)
@@ -266,14 +264,12 @@ class KontextPipeline:
     def clear_memos(self) -> None:
         """Forget remembered prompts and pictures."""
         with self._turnstile.enter(lambda: None):
-            self.text_memo.clear()
-            self.image_memo.clear()
+            self.encoder.forget()
 
     def close(self) -> None:
         """Let the running call end, refuse those that wait, and release the model's memory."""
         if self._turnstile.close():
-            self.text_memo.clear()
-            self.image_memo.clear()
+            self.encoder.forget()
             self.backend.close()
 
     def __enter__(self) -> "KontextPipeline":
@@ -293,35 +289,6 @@ class KontextPipeline:
             "precision": self.backend.precision,
         }
 
-    def _begin(
-        self, jobs: Sequence[Job], sigmas: Floats, sampling: Sampling, watch: Watch
-    ) -> State:
-        """Encode what is not remembered, and compute what the steps share."""
-        with watch.stage("text"):
-            text, negative = (
-                [self._encode_text(t, sampling.max_sequence_length) for t in texts if t is not None]
-                for texts in ([j.edit.text for j in jobs], [j.edit.negative for j in jobs])
-            )
-        watch.check()
-        with watch.stage("image"):
-            contexts = [[self._encode_image(c) for c in job.contexts] for job in jobs]
-        watch.check()
-        target = self.grid.tokens(jobs[0].target)
-        context_sizes = [self.grid.tokens(size) for size in jobs[0].context_sizes]
-        batch = Batch(
-            text=text,
-            negative=negative,
-            contexts=contexts,
-            noise=np.stack([job.noise for job in jobs]),
-            positions=position_ids(target, context_sizes, sampling.context_layout),
-            target=target,
-            sigmas=sigmas,
-            guidance_scale=sampling.guidance_scale,
-            true_cfg_scale=sampling.true_cfg_scale,
-        )
-        with watch.stage("denoise"):
-            return self.backend.begin(batch)
-
     def _finish(self, jobs: Sequence[Job], state: State, output_type: str) -> None:
         outputs: Sequence[Any]
         if output_type == "latent":
@@ -335,18 +302,6 @@ class KontextPipeline:
             outputs = self.backend.decode(state)
         for job, output in zip(jobs, outputs, strict=True):
             job.output = output
-
-    def _encode_text(self, text: Text, length: int) -> Handle:
-        if isinstance(text, Embeddings):
-            return self.backend.encode_text(text)
-        ids = TokenIds(self.tokenizer(text.clip), self.tokenizer_2(text.t5, length))
-        key = (ids.clip.tobytes(), ids.t5.tobytes())
-        return self.text_memo.get(key, lambda: self.backend.encode_text(ids))
-
-    def _encode_image(self, picture: Picture) -> Handle:
-        digest = hashlib.blake2b(np.ascontiguousarray(picture).data, digest_size=16).digest()
-        key = (digest, picture.shape, picture.dtype.str)
-        return self.image_memo.get(key, lambda: self.backend.encode_image(picture))
 
     def _sigmas(self, target: Size, sampling: Sampling) -> Floats:
         width, height = self.grid.tokens(target)

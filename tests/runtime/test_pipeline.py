@@ -156,7 +156,7 @@ def test_a_memo_keeps_no_failure() -> None:
 
 
 def counts(pipe: KontextPipeline) -> tuple[int, int, int, int]:
-    texts, images = pipe.text_memo, pipe.image_memo
+    texts, images = pipe.encoder.texts, pipe.encoder.images
     return texts.hits, texts.misses, images.hits, images.misses
 
 
@@ -196,7 +196,7 @@ def test_memos_are_bounded_and_may_be_off(small_model: Path, usual: Any) -> None
     with KontextPipeline.from_pretrained(small_model, memo_entries=2) as pipe:
         for i in range(5):
             pipe(**EDIT | {"prompt": str(i), "image": photo(i), "num_inference_steps": 1})
-        assert len(pipe.text_memo._values) == len(pipe.image_memo._values) == 2
+        assert len(pipe.encoder.texts._values) == len(pipe.encoder.images._values) == 2
     with KontextPipeline.from_pretrained(small_model, memo_entries=0) as pipe:
         for _ in range(2):
             np.testing.assert_array_equal(pipe(**EDIT).images, usual)
