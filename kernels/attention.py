@@ -1,8 +1,8 @@
 """Joint attention over text, target and context tokens: no mask, not causal.
 
-Two kernels of one algorithm (FlashAttention-2, arXiv 2307.08691): one whose tiles are loaded
-through pointers, for chips whose matrix instructions read registers, and a persistent one fed by
-the tensor memory accelerator, for Hopper and data-centre Blackwell.
+The kernel here loads tiles through pointers, for chips whose matrix instructions read registers;
+others have the one of ``attention_tma.py``. Either takes 16-bit or FP8 inputs; this one can also
+norm and rotate queries and keys as they are loaded.
 """
 
 from dataclasses import dataclass
@@ -12,17 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .attention_inputs import BLOCK, Fp8Inputs
+from .attention_inputs import Fp8Inputs
+from .attention_step import SCALE_BLOCK, Config, attend, shared_args
+from .attention_tma import launch_attention_tma
 from .chips import Chip, chip_of
 from .launch import Launch
-from .norm_rope import rotated, rotations
-
-_LOG2_E = 1.4426950408889634
-_SCALE_BLOCK = tl.constexpr(BLOCK)
-_P_BITS = tl.constexpr(8.0)
-"""Probabilities are multiplied by 2⁸ before they become E4M3, whose largest number is 448."""
+from .norm_rope import norm_rope_ref, rotated, rotations
 
 
 def attention_ref(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -31,66 +27,38 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
+def attention_fp8_ref(inputs: Fp8Inputs, dtype: torch.dtype) -> Tensor:
+    """The same of what quantised inputs stand for, computed in ``dtype``."""
+    return attention_ref(*(t.to(dtype) for t in inputs.dequantized()))
+
+
 @dataclass(frozen=True)
-class Config:
-    """A program takes ``queries`` queries of one head, and ``keys`` keys at a time."""
+class Rotation:
+    """Norm scales ``[d]`` and angles ``[S, d / 2, 2]`` for queries and keys that have neither."""
 
-    queries: int
-    keys: int
-    warps: int
-    stages: int
-    specialize: bool = False
+    q_norm: Tensor
+    k_norm: Tensor
+    q_rope: Tensor
+    k_rope: Tensor
 
 
-POINTER_CONFIGS = {
-    # (bytes of an element, head_dim)
-    (2, 64): Config(128, 64, warps=4, stages=2),
-    (2, 128): Config(128, 64, warps=8, stages=2),
-    (1, 64): Config(128, 64, warps=4, stages=2),
-    (1, 128): Config(128, 64, warps=8, stages=2),
-}
-"""Within 99 KiB of shared memory, so for every chip without ``Chip.tma``."""
+def attention_rotated_ref(q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
+    """Norm and rotation of queries and keys, then attention."""
+    q = norm_rope_ref(q, rotation.q_norm, rotation.q_rope)
+    k = norm_rope_ref(k, rotation.k_norm, rotation.k_rope)
+    return attention_ref(q, k, v)
 
-TMA_CONFIGS = {
+
+_WIDE = Config(128, 64, warps=8, stages=2)
+
+CONFIGS = {
     # (compute capability, bytes of an element, head_dim)
-    (90, 2, 64): Config(128, 128, warps=8, stages=2),
-    (90, 2, 128): Config(128, 128, warps=8, stages=2),
-    (90, 1, 64): Config(128, 128, warps=8, stages=2),
-    (90, 1, 128): Config(128, 128, warps=8, stages=2),
-    (100, 2, 64): Config(128, 128, warps=4, stages=2),
-    (100, 2, 128): Config(128, 128, warps=4, stages=2),
-    (100, 1, 64): Config(128, 128, warps=4, stages=2),
-    (100, 1, 128): Config(128, 128, warps=4, stages=2),
+    **{(sm, 2, dim): _WIDE for sm in (80, 86, 89, 120) for dim in (64, 128)},
+    **{(sm, 1, dim): _WIDE for sm in (89, 120) for dim in (64, 128)},
+    (120, 2, 128): Config(128, 32, warps=8, stages=2),  # 64 keys spill
 }
-
-
-@triton.jit
-def _attend(
-    q, k, v, acc, total, top, unit, scale, v_scale, left, FP8: tl.constexpr, RAGGED: tl.constexpr
-):
-    """Take one block of keys into account.
-
-    q ``[M, d]``, k ``[d, N]``, v ``[N, d]``. acc ``[M, d]``: the weighted sum of values so far, in
-    units of ``unit``, which was the last block's ``v_scale``. total ``[M]``: the sum of weights.
-    top ``[M]``: the largest score so far, times ``scale``, which also takes base e to 2. left: how
-    many keys of this block exist, looked at if RAGGED.
-    """
-    scores = tl.dot(q, k)
-    if RAGGED:
-        exists = tl.arange(0, scores.shape[1])[None, :] < left
-        scores = tl.where(exists, scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, axis=1) * scale)
-    shrink = tl.exp2(top - new_top)
-    if FP8:
-        weights = tl.exp2(scores * scale - (new_top - _P_BITS)[:, None])
-        acc = acc * (shrink * (unit / v_scale))[:, None]
-        unit = v_scale
-    else:
-        weights = tl.exp2(scores * scale - new_top[:, None])
-        acc = acc * shrink[:, None]
-    total = total * shrink + tl.sum(weights, axis=1)
-    acc = tl.dot(weights.to(v.dtype), v, acc)
-    return acc, total, new_top, unit
+ROTATED_CONFIG = Config(128, 64, warps=8, stages=1)
+"""On every chip: a second stage would hold angles too, beyond 99 KiB."""
 
 
 @triton.jit
@@ -116,10 +84,10 @@ def _attend_range(
             rope = rotations(k_rope_ptr, None, key, mask, D, 0, 0)
             k = tl.trans(rotated(k, k_norm, rope).to(k.dtype))
         if FP8:
-            k_scale = tl.load(k_scale_ptr + first // _SCALE_BLOCK)
-            v_scale = tl.load(v_scale_ptr + first // _SCALE_BLOCK)
+            k_scale = tl.load(k_scale_ptr + first // SCALE_BLOCK)
+            v_scale = tl.load(v_scale_ptr + first // SCALE_BLOCK)
         v = tl.load(v_ptr + key[:, None] * v_token + d[None, :] * v_channel, mask[:, None], 0.0)
-        acc, total, top, unit = _attend(
+        acc, total, top, unit = attend(
             q, k, v, acc, total, top, unit, scale * k_scale, v_scale, end - first, FP8, RAGGED
         )
     return acc, total, top, unit
@@ -152,7 +120,7 @@ def _attention_kernel(
         q_scale_ptr += batch * q_scale_batch + head * q_scale_head
         k_scale_ptr += batch * k_scale_batch + head * k_scale_head
         v_scale_ptr += batch * k_scale_batch + head * k_scale_head
-        scale *= tl.load(q_scale_ptr + tl.program_id(0) * M // _SCALE_BLOCK)
+        scale *= tl.load(q_scale_ptr + tl.program_id(0) * M // SCALE_BLOCK)
 
     acc = tl.zeros((M, D), tl.float32)
     total = tl.zeros((M,), tl.float32)
@@ -174,49 +142,70 @@ def _attention_kernel(
     tl.store(out_ptr + query[:, None] * out_token + d[None, :], out, mask[:, None])
 
 
-@triton.jit(do_not_specialize=["q_tokens", "k_tokens"])
-def _attention_tma_kernel(
-    q_desc, k_desc, v_desc, out_desc, q_scale_ptr, k_scale_ptr, v_scale_ptr,
-    scale, q_tokens, k_tokens, heads, batches,
-    q_scale_batch, q_scale_head, k_scale_batch, k_scale_head,
-    D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr,
-    SPECIALIZE: tl.constexpr,
-):  # fmt: skip
-    """Grid: (programs,), each of which takes tile after tile.
+def launch_attention(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, chip: Chip, rotation: Rotation | None = None
+) -> Launch:
+    """Write attention of ``q [B, Sq, H, d]``, ``k, v [B, Sk, H, d]`` into ``out [B, Sq, H * d]``.
 
-    Descriptors: queries, keys and the result ``[B, S, H * d]``, values the same or, FP8,
-    ``[B, H * d, S]``. What lies beyond a sequence is read as zeros and not written.
+    With a rotation, queries and keys are normed and rotated as they are loaded.
     """
-    FP8: tl.constexpr = q_scale_ptr is not None
-    blocks = tl.cdiv(q_tokens, M)
-    for tile in tl.range(tl.program_id(0), blocks * heads * batches, tl.num_programs(0)):
-        first = tile % blocks * M
-        head = tile // blocks % heads
-        batch = tile // (blocks * heads)
-        q = q_desc.load([batch, first, head * D]).reshape(M, D)
-        factor = scale
-        if FP8:
-            k_scales = k_scale_ptr + batch * k_scale_batch + head * k_scale_head
-            v_scales = v_scale_ptr + batch * k_scale_batch + head * k_scale_head
-            q_scales = q_scale_ptr + batch * q_scale_batch + head * q_scale_head
-            factor = scale * tl.load(q_scales + first // _SCALE_BLOCK)
+    assert k.shape == v.shape, (k.shape, v.shape)
+    if chip.tma and rotation is None:
+        return launch_attention_tma(out, q, k, v.flatten(2), chip, None)
+    v_strides = (v.stride(0), v.stride(1), v.stride(2), v.stride(3))
+    return _launch_pointer(out, q, k, v, v_strides, chip, None, rotation)
 
-        acc = tl.zeros((M, D), tl.float32)
-        total = tl.zeros((M,), tl.float32)
-        top = tl.full((M,), float("-inf"), tl.float32)
-        unit = 1.0
-        k_scale = 1.0
-        v_scale = 1.0
-        for key in tl.range(0, k_tokens, N, num_stages=STAGES, warp_specialize=SPECIALIZE):
-            k = k_desc.load([batch, key, head * D]).reshape(N, D).T
-            if FP8:
-                k_scale = tl.load(k_scales + key // _SCALE_BLOCK)
-                v_scale = tl.load(v_scales + key // _SCALE_BLOCK)
-                v = v_desc.load([batch, head * D, key]).reshape(D, N).T
-            else:
-                v = v_desc.load([batch, key, head * D]).reshape(N, D)
-            acc, total, top, unit = _attend(
-                q, k, v, acc, total, top, unit, factor * k_scale, v_scale, k_tokens - key, FP8, True
-            )
-        out = (acc * (unit / total)[:, None]).to(out_desc.dtype)
-        out_desc.store([batch, first, head * D], out.reshape(1, M, D))
+
+def launch_attention_fp8(out: Tensor, inputs: Fp8Inputs, chip: Chip) -> Launch:
+    """The same of quantised inputs. Queries may be fewer: whole blocks of ``q`` and ``q_scale``."""
+    v = inputs.v
+    if chip.tma:
+        return launch_attention_tma(out, inputs.q, inputs.k, v.flatten(1, 2), chip, inputs)
+    v_strides = (v.stride(0), v.stride(3), v.stride(1), v.stride(2))
+    return _launch_pointer(out, inputs.q, inputs.k, v, v_strides, chip, inputs, None)
+
+
+def _launch_pointer(
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    v_strides: tuple[int, int, int, int],
+    chip: Chip,
+    scales: Fp8Inputs | None,
+    rotation: Rotation | None,
+) -> Launch:
+    batch, tokens, heads, dim = q.shape
+    assert q.stride(-1) == k.stride(-1) == out.stride(-1) == 1, "channels lie side by side"
+    c = ROTATED_CONFIG if rotation else CONFIGS[chip.sm, q.itemsize, dim]
+    v_batch, v_token, v_head, v_channel = v_strides
+    args = {
+        "q_ptr": q, "k_ptr": k, "v_ptr": v, "out_ptr": out, **shared_args(q, k, scales),
+        "q_norm_ptr": rotation and rotation.q_norm, "k_norm_ptr": rotation and rotation.k_norm,
+        "q_rope_ptr": rotation and rotation.q_rope, "k_rope_ptr": rotation and rotation.k_rope,
+        "q_batch": q.stride(0), "q_token": q.stride(1), "q_head": q.stride(2),
+        "k_batch": k.stride(0), "k_token": k.stride(1), "k_head": k.stride(2),
+        "v_batch": v_batch, "v_token": v_token, "v_head": v_head, "v_channel": v_channel,
+        "out_batch": out.stride(0), "out_token": out.stride(1),
+        "D": dim, "M": c.queries, "N": c.keys, "STAGES": c.stages,
+    }  # fmt: skip
+    grid = (triton.cdiv(tokens, c.queries), heads, batch)
+    return Launch(_attention_kernel, grid, args, c.warps, c.stages)
+
+
+@torch.library.custom_op("fluxkontext::attention", mutates_args=())
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = torch.empty(*q.shape[:2], q.shape[2] * q.shape[3], dtype=q.dtype, device=q.device)
+    launch_attention(out, q, k, v, chip_of(q.device))()
+    return out
+
+
+@_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.empty(*q.shape[:2], q.shape[2] * q.shape[3], dtype=q.dtype, device=q.device)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """:func:`attention_ref` as one kernel."""
+    out: Tensor = _attention(q, k, v)
+    return out

@@ -52,20 +52,20 @@ class Fp8Inputs:
     def dequantized(self) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values ``[B, S, H, d]`` float32 that the numbers stand for."""
         tokens = self.q.shape[1]
-        scales = (s.repeat_interleave(BLOCK, -1) for s in (self.q_scale, self.k_scale, self.v_scale))
+        scales = (
+            s.repeat_interleave(BLOCK, -1) for s in (self.q_scale, self.k_scale, self.v_scale)
+        )
         q, k, v = (scale.transpose(1, 2)[:, :tokens, :, None] for scale in scales)
         values = self.v.float().permute(0, 3, 1, 2)[:, :tokens]
         return self.q.float() * q, self.k.float() * k, values * v
 
 
-def attention_inputs_ref(
-    qkv: Tensor, scales: Tensor, text_tokens: int, rope: Tensor
-) -> Fp8Inputs:
+def attention_inputs_ref(qkv: Tensor, scales: Tensor, text_tokens: int, rope: Tensor) -> Fp8Inputs:
     """Quantise ``qkv [B, S, 3, H, d]``; the other arguments are those of ``qk_norm_rope_ref``."""
     q, k = qk_norm_rope_ref(qkv, scales, text_tokens, rope)
     (q8, q_scale), (k8, k_scale), (v8, v_scale) = map(_quantize_blocks, (q, k, qkv[:, :, 2]))
     v8 = F.pad(v8.view(torch.uint8).permute(0, 2, 3, 1), (0, -v8.shape[1] % BLOCK)).view(FP8)
-    return Fp8Inputs(q8, k8, v8, q_scale, k_scale, v_scale)
+    return Fp8Inputs(q8, k8, v8.contiguous(), q_scale, k_scale, v_scale)
 
 
 def _quantize_blocks(x: Tensor) -> tuple[Tensor, Tensor]:

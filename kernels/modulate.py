@@ -71,6 +71,7 @@ def _modulate_kernel(
     vector = stream + batch * vector_batch + d
     shift = tl.load(shift_ptr + vector, mask, 0.0).to(tl.float32)
     scale = 1 + tl.load(scale_ptr + vector, mask, 0.0).to(tl.float32)
+    gate = None
     if RESIDUAL:
         gate = tl.load(gate_ptr + vector, mask, 0.0).to(tl.float32)
     for token in range(first, min(first + ROWS, end)):
@@ -135,7 +136,8 @@ def launch_modulate(
 @torch.library.custom_op("fluxkontext::modulate", mutates_args=())
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    launch_modulate(out, x, *_streams(x, shift, scale))()
+    shift, scale = _streams(x, shift, scale)
+    launch_modulate(out, x, shift, scale)()
     return out
 
 
@@ -156,7 +158,8 @@ def _residual_modulate(
 
 @_residual_modulate.register_fake
 def _(x: Tensor, gate: Tensor, y: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))  # type: ignore[return-value]
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return out, torch.empty_like(out)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

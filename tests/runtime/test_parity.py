@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from fluxkontext.bench.synthetic import write_checkpoint
 from fluxkontext.kernels import gelu, modulate, norm_rope
-from fluxkontext.runtime import KontextPipeline, pipeline
+from fluxkontext.runtime import KontextPipeline, encoding, pipeline
 from fluxkontext.runtime.geometry import position_ids
 from fluxkontext.runtime.schedule import sigmas_for
 
@@ -212,8 +212,8 @@ def _wrong_mu(config: Any, target_tokens: int, *rest: Any) -> Any:
 
 
 MISTAKES = {
-    "context at the target's frame": (pipeline, "position_ids", _wrong_frame, "latents"),
-    "positions off by one row": (pipeline, "position_ids", _wrong_row, "latents"),
+    "context at the target's frame": (encoding, "position_ids", _wrong_frame, "latents"),
+    "positions off by one row": (encoding, "position_ids", _wrong_row, "latents"),
     "mu over all tokens": (pipeline, "sigmas_for", _wrong_mu, "latents"),
     "epsilon of the query norm": (norm_rope, "EPS", 1e-5, "latents"),
     "epsilon of the layer norm": (modulate, "EPS", 1e-5, "feed_forward"),
