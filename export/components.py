@@ -139,7 +139,7 @@ class VaeEncoderGraph(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         vae = self.network
-        x = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+        x = pixels.float().permute(0, 3, 1, 2) / 127.5 - 1  # TensorRT only casts uint8
         mean, _ = vae.encoder(x.to(vae.encoder.conv_in.weight.dtype)).chunk(2, dim=1)
         return pack(scale(mean.float(), vae.config))
 

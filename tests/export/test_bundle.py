@@ -39,6 +39,14 @@ def test_graphs_have_the_boundary_of_the_contract(
             assert varying & {a for a in spec.shape if isinstance(a, str)} <= set(fixed)
 
 
+@pytest.mark.parametrize("name", ["vae_encoder", "vae_decoder"])
+def test_pixels_are_only_cast(small_bundle: Path, name: str) -> None:
+    """TensorRT has uint8 at a network's boundary alone: its parser refuses any other node."""
+    graph = onnx.load(small_bundle / f"{name}.gpu.onnx", load_external_data=False).graph
+    touching = {n.op_type for n in graph.node if "pixels" in (*n.input, *n.output)}
+    assert touching - {"Shape"} == {"Cast"}
+
+
 @pytest.mark.parametrize("name", GRAPHS)
 @pytest.mark.parametrize("flavour", ["cpu", "gpu"])
 def test_no_weight_is_inside_a_graph(small_bundle: Path, name: str, flavour: str) -> None:
