@@ -1,0 +1,228 @@
+"""How often edits come out exactly right: ``fluxkontext bench quality --model M --out FOLDER``.
+
+Runs held-out requests of every kind through the pipeline, the same with the same seeds for every
+setting, and scores the pictures exactly (`bench/mini/score.py`). Writes ``quality.json`` and, for
+every kind, a sheet of pictures: before, after, expected.
+"""
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..runtime import KontextPipeline
+from ..runtime.about import VERSION
+from ..runtime.errors import InvalidInputError
+from .mini.gallery import Entry, sheet
+from .mini.instructions import EDIT_KINDS, KINDS, PAIR_KINDS, Sample
+from .mini.requests import Answer, Settings, answer, draw_chains, draw_requests, follow
+from .mini.scenes import render
+from .mini.score import EditScore, chain_summary, compare, summary
+
+SCHEMA = 1
+_FIELDS = ("exact", "changed_ok", "untouched_ok", "garbled", "psnr_untouched")
+_TOGETHER = {"single": EDIT_KINDS, "two_image": PAIR_KINDS}
+"""Rows of a summary over several kinds; a kind of its own has a row of its own."""
+_SHOWN = 24  # pictures on a sheet
+
+Answers = Mapping[str, Sequence[Answer]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    args = _parser().parse_args(argv)
+    reference = _read(args.against) if args.against else None
+    requests = draw_requests(args.samples, args.seed, args.split, args.kinds)
+    chains = draw_chains(args.chains, args.turns, args.seed, args.split)
+    document: dict[str, Any] = {
+        "schema": SCHEMA,
+        "model": args.model,
+        "samples": args.samples,
+        "seed": args.seed,
+        "split": args.split,
+        "fluxkontext": VERSION,
+        "machine": platform.machine(),
+        "runs": [],
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    for precision, pipe in _pipelines(args):
+        for steps in args.steps:
+            settings = Settings(steps, args.guidance, args.batch)
+            run, answers = measure(pipe, requests, chains, settings, args.seed)
+            document["runs"].append(run)
+            if len(document["runs"]) == 1:
+                write_sheets(args.out, answers)
+            _print(f"{precision}, {steps} steps", run)
+    document["summary"] = document["runs"][0]["summary"]
+    document["comparisons"] = comparisons(document["runs"], reference)
+    for line in document["comparisons"]:
+        print(json.dumps(line))
+    file = args.out / "quality.json"
+    file.write_text(json.dumps(document) + "\n", encoding="utf-8")
+    print(file)
+    return 0
+
+
+def measure(
+    pipe: KontextPipeline,
+    requests: Mapping[str, Sequence[Sample]],
+    chains: Sequence[Sequence[Sample]],
+    settings: Settings,
+    seed: int,
+) -> tuple[dict[str, Any], dict[str, list[Answer]]]:
+    """One run: its part of the document, and the answers by kind."""
+    turns = sum(map(len, chains))
+    started = time.perf_counter()
+    with tqdm(
+        total=sum(map(len, requests.values())) + turns, unit="picture", leave=False, disable=None
+    ) as bar:
+        answers = {
+            kind: answer(pipe, samples, settings, seed, bar.update)
+            for kind, samples in requests.items()
+        }
+        right = follow(pipe, chains, settings, seed, bar.update) if chains else []
+    run = {
+        **{name: pipe.about[name] for name in ("backend", "device", "precision")},
+        "steps": settings.steps,
+        "guidance": settings.guidance,
+        "batch": settings.batch,
+        "seconds": round(time.perf_counter() - started, 2),
+        "summary": summarise(answers),
+        "chains": {"n": len(chains), "exact": chain_summary(right)},
+        "scores": {
+            kind: [[getattr(a.score, field) for field in _FIELDS] for a in given]
+            for kind, given in answers.items()
+        },
+    }
+    return run, answers
+
+
+def summarise(answers: Answers) -> dict[str, dict[str, float | None]]:
+    """Rows of figures: every kind, kinds together, and every sort of novelty."""
+    rows: dict[str, dict[str, float | None]] = {}
+    for name, kinds in _TOGETHER.items():
+        if together := [a for kind in kinds for a in answers.get(kind, ())]:
+            rows[name] = _row(together)
+    rows |= {kind: _row(given) for kind, given in answers.items()}
+    single = [a for kind in EDIT_KINDS for a in answers.get(kind, ())]
+    for novelty in sorted({a.sample.novelty for a in single} - {""}):
+        rows[f"single, new {novelty}"] = _row([a for a in single if a.sample.novelty == novelty])
+    return rows
+
+
+def _row(answers: Sequence[Answer]) -> dict[str, float | None]:
+    return summary([""] * len(answers), [a.score for a in answers])["all"]
+
+
+def comparisons(
+    runs: Sequence[Mapping[str, Any]], reference: Mapping[str, Any] | None
+) -> list[dict[str, Any]]:
+    """What each run lost and gained: against another document's first run, or else our own.
+
+    Raises InvalidInputError if the two did not answer the same requests.
+    """
+    first = reference["runs"][0] if reference else runs[0]
+    found = []
+    for run in runs:
+        if run is first:
+            continue
+        if {k: len(v) for k, v in run["scores"].items()} != {
+            k: len(v) for k, v in first["scores"].items()
+        }:
+            raise InvalidInputError("against: expected the same kinds and samples, found others")
+        for name, kinds in {**_TOGETHER, "all": KINDS}.items():
+            chosen = [kind for kind in kinds if kind in run["scores"]]
+            ours, theirs = (
+                [EditScore(*row) for kind in chosen for row in each["scores"][kind]]
+                for each in (first, run)
+            )
+            if ours:
+                label = {k: run[k] for k in ("backend", "precision", "steps")}
+                found.append({**label, "rows": name, **compare(ours, theirs)})
+    return found
+
+
+def write_sheets(folder: Path, answers: Answers) -> None:
+    """A picture file for every kind: before, after and expected of some requests."""
+    for kind, given in answers.items():
+        entries = [
+            Entry(
+                a.sample.text,
+                [*map(render, a.sample.contexts), a.picture, render(a.sample.target)],
+                a.score.exact,
+            )
+            for a in given[:_SHOWN]
+        ]
+        sheet(entries).save(folder / f"{kind}.png")
+
+
+def _pipelines(args: argparse.Namespace) -> Iterator[tuple[str, KontextPipeline]]:
+    """The model in every setting asked for, one after the other."""
+    for backend, precision in product(args.backend, args.precision):
+        with KontextPipeline.from_pretrained(
+            args.model, backend=backend, precision=precision, device=args.device, memo_entries=0
+        ) as pipe:
+            yield f"{pipe.about['backend']} {pipe.about['precision']}", pipe
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidInputError(f"{file}: expected a quality.json, found {error}") from None
+    if document.get("schema") != SCHEMA or not document.get("runs"):
+        raise InvalidInputError(
+            f"{file}: expected a quality.json of schema {SCHEMA}, found another"
+        )
+    return document
+
+
+def _print(title: str, run: Mapping[str, Any]) -> None:
+    print(f"{title}: {run['seconds']} s on {run['device']}")
+    print(f"  {'':28}{'n':>6}{'exact %':>9}{'garbled %':>11}{'PSNR dB':>9}")
+    for name, row in run["summary"].items():
+        ratio = "" if row["psnr_untouched"] is None else f"{row['psnr_untouched']:.1f}"
+        print(f"  {name:28}{row['n']:6}{row['exact']:9.1f}{row['garbled']:11.1f}{ratio:>9}")
+    if run["chains"]["n"]:
+        print(f"  all right after each turn: {run['chains']['exact']}")
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _kinds(text: str) -> list[str]:
+    kinds = text.split(",")
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join(KINDS)}, found {unknown[0]}")
+    return kinds
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("fluxkontext bench quality", description=__doc__.split(":")[0])
+    parser.add_argument("--model", required=True, help="a miniature, as `train export` writes it")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--samples", type=int, default=112, help="per kind (default: %(default)s)")
+    parser.add_argument("--kinds", type=_kinds, default=KINDS, help="some of: " + ",".join(KINDS))
+    parser.add_argument("--chains", type=int, default=48, help="of edits in a row")
+    parser.add_argument("--turns", type=int, default=10, help="of a chain")
+    parser.add_argument("--steps", type=_numbers, default=[28], help="one or more: 28,8,4")
+    parser.add_argument("--backend", type=lambda text: text.split(","), default=["auto"])
+    parser.add_argument("--precision", type=lambda text: text.split(","), default=["auto"])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--guidance", type=float, default=2.5)
+    parser.add_argument("--batch", type=int, default=16, help="pictures at once")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--split", choices=("held_out", "train"), default="held_out")
+    parser.add_argument("--against", type=Path, help="another quality.json to compare with")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
