@@ -1,0 +1,88 @@
+"""Compile a launch for a GPU that need not be there, and read what the machine code holds.
+
+The signature is the one that Triton derives from the launch's own arguments, so what is compiled
+is what would run: the same pointer alignments, the same integers folded into the code.
+"""
+
+import json
+import re
+import subprocess
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.cache import get_cache_manager
+from triton.runtime.jit import create_function_from_signature
+
+from ..kernels.chips import Chip
+from ..kernels.launch import Launch
+
+MATRIX_INSTRUCTIONS = ("HMMA", "QMMA", "OMMA", "HGMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "UTCOMMA")
+"""SASS of the tensor cores: warp-wide (H 16-bit, Q FP8, O FP4), warp-group-wide, 5th generation."""
+TMA_INSTRUCTIONS = ("UTMALDG", "UTMASTG")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one kernel needs on one chip.
+
+    registers, stack: registers and bytes of local memory of a thread; spills need stack. shared:
+    bytes of a block. threads: of a block, those that specialised warps add included.
+    instructions: how often each tensor-core and TMA instruction stands in the machine code.
+    """
+
+    registers: int
+    stack: int
+    shared: int
+    threads: int
+    instructions: dict[str, int]
+
+
+def compile_for(launch: Launch, chip: Chip) -> Compiled:
+    """Compile ``launch`` for ``chip``; a second time, Triton's own disk cache has it."""
+    target = GPUTarget("cuda", chip.sm, 32)
+    backend = make_backend(target)
+    kernel = launch.kernel
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = binder(
+        **launch.args, num_warps=launch.warps, num_stages=launch.stages
+    )
+    parsed, signature, constants, attributes = kernel._pack_args(
+        backend, options, bound, specialization, options
+    )
+    source = ASTSource(kernel, signature, constants, attributes)
+    built = triton.compile(source, target=target, options=parsed.__dict__)
+    folder = get_cache_manager(built.hash)
+    if path := folder.get_file("compiled.json"):
+        return Compiled(**json.loads(Path(path).read_text()))
+    compiled = _inspect(built)
+    folder.put(json.dumps(asdict(compiled)), "compiled.json", binary=False)
+    return compiled
+
+
+def _inspect(built: Any) -> Compiled:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        usage = _run(knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
+        code = _run(knobs.nvidia.nvdisasm.path, "-c", file.name)
+    registers, stack = (int(re.findall(rf"{name}:(\d+)", usage)[-1]) for name in ("REG", "STACK"))
+    opcodes = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?(\w+)", code, re.MULTILINE)
+    found = {name: opcodes.count(name) for name in (*MATRIX_INSTRUCTIONS, *TMA_INSTRUCTIONS)}
+    return Compiled(
+        registers=registers,
+        stack=stack,
+        shared=built.metadata.shared,
+        threads=32 * built.metadata.num_warps,
+        instructions={name: count for name, count in found.items() if count},
+    )
+
+
+def _run(program: str | Path, *arguments: str) -> str:
+    done = subprocess.run([program, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout

@@ -1,0 +1,67 @@
+"""Quantisation, alone and behind GELU, equals its reference; so does GELU."""
+
+import pytest
+import torch
+
+from fluxkontext.kernels.gelu import gelu, gelu_ref, launch_gelu
+from fluxkontext.kernels.quantize import FP8, launch_quantize_rows, quantize_rows, quantize_rows_ref
+
+from ..house_rule import DTYPES, check, compare
+
+SHAPES = [
+    pytest.param((1, 1, 16), id="one row"),
+    pytest.param((2, 7, 1000), id="ragged"),
+    pytest.param((1, 3, 12288), id="full width"),
+    pytest.param((1, 8704, 12288), id="full size", marks=pytest.mark.large),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_functions(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    wide = 3 * torch.randn(*shape[:-1], shape[-1] + 16).to(device, dtype)
+    x = wide[..., : shape[-1]]
+    check(gelu(x), gelu_ref, x)
+    (q, scale), (q_ref, scale_ref) = quantize_rows(x), quantize_rows_ref(x)
+    torch.testing.assert_close(scale, scale_ref)
+    compare(q.float() * scale, q_ref.float() * scale_ref, x.double())
+
+
+def test_a_row_of_zeros(device: torch.device) -> None:
+    q, scale = quantize_rows(torch.zeros(2, 32, device=device))
+    assert torch.equal(q.float(), torch.zeros(2, 32, device=device))
+    assert torch.isfinite(scale).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("static", [True, False])
+def test_gelu_into_the_columns_of_a_wider_buffer(
+    static: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    x = (3 * torch.randn(9, 200)).to(device, dtype)
+    buffer = torch.zeros(9, 320).to(device, FP8)
+    out = buffer[:, 96:296]
+    y = gelu_ref(x).float()
+    if static:
+        scale = torch.tensor([0.004], device=device)  # its largest, 1.8, is exceeded
+        launch_gelu(out, x, scale=scale)()
+        expected = (y / scale).clamp(-448, 448).to(FP8)
+    else:
+        scale = torch.empty(9, 1, device=device)
+        launch_gelu(out, x, row_scale=scale)()
+        expected, scale_ref = quantize_rows_ref(y)
+        torch.testing.assert_close(scale, scale_ref, rtol=5e-3, atol=0)  # bf16 rounds y first
+    exact = gelu_ref(x.double())
+    if static:
+        exact = exact.clamp(max=448 * 0.004)
+    compare(out.float() * scale, expected.float() * scale, exact)
+    assert not buffer[:, :96].float().any()
+    assert not buffer[:, 296:].float().any()
+
+
+def test_rows_of_a_wider_buffer(device: torch.device) -> None:
+    x = torch.randn(5, 64, device=device)
+    buffer, scale = torch.zeros(5, 96).to(device, FP8), torch.empty(5, 1, device=device)
+    launch_quantize_rows(buffer[:, 32:], scale, x)()
+    expected, expected_scale = quantize_rows_ref(x)
+    compare(buffer[:, 32:].float() * scale, expected.float() * expected_scale, x.double())
