@@ -9,6 +9,7 @@ import re
 import subprocess
 import tempfile
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +27,24 @@ MATRIX_INSTRUCTIONS = ("HMMA", "QMMA", "OMMA", "HGMMA", "QGMMA", "UTCHMMA", "UTC
 """SASS of the tensor cores: warp-wide (H 16-bit, Q FP8, O FP4), warp-group-wide, 5th generation."""
 TMA_INSTRUCTIONS = ("UTMALDG", "UTMASTG")
 
+_INSPECTION = f"{sha256(Path(__file__).read_bytes()).hexdigest()[:16]}.json"
+"""Name of a result in Triton's cache: another version of this file looks again."""
+
 
 @dataclass(frozen=True)
 class Compiled:
     """What one kernel needs on one chip.
 
     registers, stack: registers and bytes of local memory of a thread; spills need stack. shared:
-    bytes of a block. threads: of a block, those that specialised warps add included.
+    bytes of a block. tensor_memory: columns of the 5th generation's own memory. threads: of a
+    block, those that specialised warps add included.
     instructions: how often each tensor-core and TMA instruction stands in the machine code.
     """
 
     registers: int
     stack: int
     shared: int
+    tensor_memory: int
     threads: int
     instructions: dict[str, int]
 
@@ -58,10 +64,10 @@ def compile_for(launch: Launch, chip: Chip) -> Compiled:
     source = ASTSource(kernel, signature, constants, attributes)
     built = triton.compile(source, target=target, options=parsed.__dict__)
     folder = get_cache_manager(built.hash)
-    if path := folder.get_file("compiled.json"):
+    if path := folder.get_file(_INSPECTION):
         return Compiled(**json.loads(Path(path).read_text()))
     compiled = _inspect(built)
-    folder.put(json.dumps(asdict(compiled)), "compiled.json", binary=False)
+    folder.put(json.dumps(asdict(compiled)), _INSPECTION, binary=False)
     return compiled
 
 
@@ -78,6 +84,7 @@ def _inspect(built: Any) -> Compiled:
         registers=registers,
         stack=stack,
         shared=built.metadata.shared,
+        tensor_memory=getattr(built.metadata, "tmem_size", 0) or 0,
         threads=32 * built.metadata.num_warps,
         instructions={name: count for name, count in found.items() if count},
     )

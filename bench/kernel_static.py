@@ -11,6 +11,10 @@ from ..kernels.chips import CHIPS
 from .aot import Compiled, compile_for
 from .kernel_cases import launches
 
+_REGISTERS = 65536
+_TENSOR_MEMORY = 512
+"""Of a block, on every chip listed (CUDA C++ Programming Guide; PTX ISA, "Tensor Memory")."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -25,7 +29,7 @@ class Row:
 
     @property
     def faults(self) -> list[str]:
-        """What forbids to launch it: no code, spilled registers, too much shared memory."""
+        """What forbids to launch it: no code, spills, or more than a block can have."""
         if self.compiled is None:
             return [f"does not compile: {self.error}"]
         faults = []
@@ -33,6 +37,10 @@ class Row:
             faults.append(f"{self.compiled.stack} bytes of stack")
         if self.compiled.shared > (limit := CHIPS[self.chip].shared):
             faults.append(f"{self.compiled.shared} bytes of shared memory, of {limit}")
+        if (registers := self.compiled.registers * self.compiled.threads) > _REGISTERS:
+            faults.append(f"{registers} registers of a block, of {_REGISTERS}")
+        if self.compiled.tensor_memory > _TENSOR_MEMORY:
+            faults.append(f"{self.compiled.tensor_memory} columns of tensor memory")
         return faults
 
 

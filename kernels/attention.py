@@ -177,6 +177,7 @@ def _launch_pointer(
 ) -> Launch:
     batch, tokens, heads, dim = q.shape
     assert q.stride(-1) == k.stride(-1) == out.stride(-1) == 1, "channels lie side by side"
+    assert all(t.shape[1] * t.stride(1) < 2**31 for t in (q, k, out)), "offsets are 32-bit"
     c = ROTATED_CONFIG if rotation else CONFIGS[chip.sm, q.itemsize, dim]
     v_batch, v_token, v_head, v_channel = v_strides
     args = {

@@ -151,6 +151,7 @@ def launch_linear_fp8(
     assert bias.shape == (streams, columns), bias.shape
     assert bias.is_contiguous(), bias.stride()
     assert x.stride(-1) == weight.stride(-1) == out.stride(-1) == 1, "strided rows"
+    assert tokens * max(x.stride(1), out.stride(1)) < 2**31, "offsets are 32-bit"
     assert width % 16 == 0, f"rows of {width} bytes are not aligned"
     c = CONFIGS[chip.sm]
     args = {

@@ -84,6 +84,7 @@ def launch_linear_w4a16(out: Tensor, x: Tensor, weight: NvFp4, bias: Tensor, chi
     assert weight.block_scale.is_contiguous(), weight.block_scale.stride()
     assert x.stride(1) == out.stride(1) == 1, "strided rows"
     assert width % BLOCK == 0, width
+    assert rows * x.stride(0) < 2**31, "offsets are 32-bit"
     c = CONFIGS[chip.sm]
     args = {
         "x_ptr": x, "packed_ptr": weight.packed,

@@ -127,6 +127,7 @@ def launch_linear_w4a4(out: Tensor, x: NvFp4, weight: NvFp4, bias: Tensor, chip:
     assert x.packed.shape[1] == weight.packed.shape[1], (x.packed.shape, weight.packed.shape)
     assert all(t.is_contiguous() for n in (x, weight) for t in vars(n).values()), "dense inputs"
     assert out.stride(1) == 1, out.stride()
+    assert x.packed.numel() < 2**31, "offsets are 32-bit"
     c = CONFIGS[chip.sm]
     args = {
         "x_ptr": x.packed, "x_block_ptr": x.block_scale, "x_scale_ptr": x.scale,

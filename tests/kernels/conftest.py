@@ -51,3 +51,10 @@ def _seed() -> None:
 def device() -> torch.device:
     """Where this session runs kernels."""
     return torch.device("cpu") if INTERPRETED else torch.device("cuda", 0)
+
+
+@pytest.fixture
+def _fp8(device: torch.device) -> None:
+    """Skip where kernels cannot name the type."""
+    if not chip_of(device).fp8:
+        pytest.skip("no FP8 on this GPU")

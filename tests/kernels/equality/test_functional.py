@@ -44,7 +44,6 @@ def ops(device: torch.device) -> dict[str, tuple[Op, tuple[Any, ...]]]:
         "residual_modulate": (modulate._residual_modulate, (x, vector, x, vector, vector)),
         "gate_residual": (gate_residual._gate_residual, (x, vector, x)),
         "gelu": (gelu._gelu, (x,)),
-        "quantize_rows": (quantize._quantize_rows, (x,)),
         "norm_rope": (norm_rope._norm_rope, (q[:, :, None], randn(1, 1, 64), 0, rope)),
         "attention": (attention._attention, (q, k, v)),
         "linear_w4a16": (
@@ -57,6 +56,7 @@ def ops(device: torch.device) -> dict[str, tuple[Op, tuple[Any, ...]]]:
         ),
     }
     if chip_of(device).fp8:
+        found["quantize_rows"] = (quantize._quantize_rows, (x,))
         arguments = (x8, x_scale, w8, w_scale.squeeze(-1), bias[None], 0)
         found["linear_fp8"] = (linear_fp8._linear_fp8, arguments)
     if chip_of(device).fp4:

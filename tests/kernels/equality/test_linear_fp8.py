@@ -54,6 +54,7 @@ def test_scales_of_rows(
     assert not buffer[..., -8:].any()
 
 
+@pytest.mark.usefixtures("_fp8")
 def test_scales_of_tensors(device: torch.device) -> None:
     x = torch.randn(1, 9, 64, device=device).to(FP8)
     weight, _, bias = layer(1, 64, 24, torch.bfloat16, device)

@@ -60,6 +60,7 @@ def test_w4a4(rows: int, inner: int, columns: int, chip: Chip, device: torch.dev
     compare(out, linear_w4a4_ref(x, scale, weight, bias), exact)
 
 
+@pytest.mark.usefixtures("_fp8")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 16), (37, 272)])
 def test_quantised_rows(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:

@@ -49,6 +49,7 @@ def test_functions(
     check(results, residual_modulate_ref, x, gate, y, shift, scale)
 
 
+@pytest.mark.usefixtures("_fp8")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("text_tokens", [0, 3, 8])
 def test_two_streams_quantised_in_one_pass(

@@ -18,21 +18,31 @@ SHAPES = [
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_functions(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+def test_gelu(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     wide = 3 * torch.randn(*shape[:-1], shape[-1] + 16).to(device, dtype)
     x = wide[..., : shape[-1]]
     check(gelu(x), gelu_ref, x)
+
+
+@pytest.mark.usefixtures("_fp8")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_quantize_rows(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    wide = 3 * torch.randn(*shape[:-1], shape[-1] + 16).to(device, dtype)
+    x = wide[..., : shape[-1]]
     (q, scale), (q_ref, scale_ref) = quantize_rows(x), quantize_rows_ref(x)
     torch.testing.assert_close(scale, scale_ref)
     compare(q.float() * scale, q_ref.float() * scale_ref, x.double())
 
 
+@pytest.mark.usefixtures("_fp8")
 def test_a_row_of_zeros(device: torch.device) -> None:
     q, scale = quantize_rows(torch.zeros(2, 32, device=device))
     assert torch.equal(q.float(), torch.zeros(2, 32, device=device))
     assert torch.isfinite(scale).all()
 
 
+@pytest.mark.usefixtures("_fp8")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("static", [True, False])
 def test_gelu_into_the_columns_of_a_wider_buffer(
@@ -59,6 +69,7 @@ def test_gelu_into_the_columns_of_a_wider_buffer(
     assert not buffer[:, 296:].float().any()
 
 
+@pytest.mark.usefixtures("_fp8")
 def test_rows_of_a_wider_buffer(device: torch.device) -> None:
     x = torch.randn(5, 64, device=device)
     buffer, scale = torch.zeros(5, 96).to(device, FP8), torch.empty(5, 1, device=device)
