@@ -264,7 +264,10 @@ def _make(args: argparse.Namespace) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     from .checkpoint import find
+    from .loader import require
 
+    for package in ("torch", "onnxscript"):
+        require(package, "to export", "torch,export")
     checkpoint = find(args.model, _given_parts(args))
     write_bundle = import_module("fluxkontext.export.bundle").write_bundle
     progress = not args.json and sys.stderr.isatty()

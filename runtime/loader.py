@@ -53,10 +53,10 @@ def load(
                 f"{model}: expected a bundle for the onnx backend, found a checkpoint; "
                 "make one with: fluxkontext export"
             )
-        _require("onnxruntime", "onnx", "cpu")
+        require("onnxruntime", "for the onnx backend", "cpu")
         loaded = _from_bundle(str(model), open_bundle(root, verify), device, precision)
     else:
-        _require("torch", "native", "torch")
+        require("torch", "for the native backend", "torch")
         if is_bundle:
             open_bundle(root, verify)
         loaded = _from_checkpoint(find(model, parts), device, precision)
@@ -84,10 +84,11 @@ def _has_nvidia_driver() -> bool:
     return any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/dxg"))
 
 
-def _require(package: str, backend: str, extra: str) -> None:
+def require(package: str, purpose: str, extra: str) -> None:
+    """Say how to install an optional package that is not there."""
     if find_spec(package) is None:
         raise BackendUnavailableError(
-            f"expected {package} for the {backend} backend, found none; "
+            f"expected {package} {purpose}, found none; "
             f"install it with: pip install 'fluxkontext[{extra}]'"
         )
 
