@@ -168,8 +168,6 @@ class Session:
     def __init__(self, path: Path, device: str, weight_bytes: int) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        if weight_bytes > _FOLD_LIMIT:
-            options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         disabled = ["ConstantFolding"] if weight_bytes > _FOLD_LIMIT else None
         self._device = "cuda" if device.startswith("cuda") else "cpu"
         self._id = int(device.partition(":")[2] or 0)
