@@ -48,6 +48,9 @@ class VaeStage:
     ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         things, backgrounds = (part.to(self.run.device, non_blocking=True) for part in item)
         pixels = to_pixels(render_batch(things, backgrounds))
+        if pixels.device.type == "cpu":
+            # rendered pixels are channels last, in which a step takes twice as long there
+            pixels = pixels.contiguous()
         config = self.spec.vae
         side = pixels.shape[-1] // config.downscale
         noise = torch.randn(
