@@ -9,10 +9,19 @@ from torch import Tensor
 
 from .launch import Launch
 
+FP16_MAX = 65504.0
+"""The largest finite float16."""
+
+_FP16_MAX = tl.constexpr(FP16_MAX)
+
 
 def gate_residual_ref(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
-    """Add ``y [B, S, D]`` to ``x [B, S, D]`` through ``gate [B, 1, D]``."""
-    return torch.addcmul(x, gate, y)
+    """Add ``y [B, S, D]`` to ``x [B, S, D]`` through ``gate [B, 1, D]``.
+
+    In float16 the sum saturates: late activations of FLUX leave its range (diffusers clips them).
+    """
+    out = torch.addcmul(x, gate, y)
+    return out.clamp(-FP16_MAX, FP16_MAX) if out.dtype == torch.float16 else out
 
 
 @dataclass(frozen=True)
@@ -26,6 +35,14 @@ class Config:
 
 CONFIG = Config()
 """On every chip: bound by memory."""
+
+
+@triton.jit
+def stored(x, dtype: tl.constexpr):
+    """Float32 ``x`` in ``dtype``; float16 saturates."""
+    if dtype == tl.float16:
+        x = tl.minimum(tl.maximum(x, -_FP16_MAX), _FP16_MAX)
+    return x.to(dtype)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -42,7 +59,7 @@ def _gate_residual_kernel(
     gate = tl.load(gate_ptr + batch * gate_batch + d, d < D, 0.0).to(tl.float32)
     x = tl.load(x_ptr + batch * x_batch + token * x_token + d, mask, 0.0).to(tl.float32)
     y = tl.load(y_ptr + batch * y_batch + token * y_token + d, mask, 0.0).to(tl.float32)
-    out = (x + gate * y).to(out_ptr.dtype.element_ty)
+    out = stored(x + gate * y, out_ptr.dtype.element_ty)
     tl.store(out_ptr + batch * out_batch + token * out_token + d, out, mask)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,9 +11,24 @@ from .attention import CONFIGS, attention, attention_ref
 from .attention_tma import CONFIGS as TMA_CONFIGS
 from .chips import chip_of, unsupported
 from .gate_residual import gate_residual, gate_residual_ref
-from .gelu import gelu, gelu_ref
-from .modulate import modulate, modulate_ref
-from .norm_rope import norm_rope, norm_rope_ref
+from .gelu import (
+    gelu,
+    gelu_beside,
+    gelu_beside_ref,
+    gelu_beside_sigmoid,
+    gelu_ref,
+    gelu_sigmoid,
+)
+from .linear_fp8 import CONFIGS as FP8_CONFIGS
+from .linear_fp8 import linear_fp8, linear_fp8_ref
+from .linear_w4a4 import CONFIGS as W4A4_CONFIGS
+from .linear_w4a4 import linear_w4a4, linear_w4a4_ref
+from .linear_w4a16 import CONFIGS as W4A16_CONFIGS
+from .linear_w4a16 import linear_w4a16, linear_w4a16_ref
+from .modulate import modulate, modulate_ref, residual_modulate, residual_modulate_ref
+from .norm_rope import norm_rope, norm_rope_complex, norm_rope_ref
+from .nvfp4 import NvFp4
+from .quantize import quantize_rows, quantize_rows_ref
 
 
 @dataclass(frozen=True)
@@ -21,10 +37,16 @@ class KernelSet:
 
     name: str
     modulate: Callable[[Tensor, Tensor, Tensor], Tensor]
+    residual_modulate: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     norm_rope: Callable[[Tensor, Tensor, Tensor], Tensor]
     attention: Callable[[Tensor, Tensor, Tensor], Tensor]
     gate_residual: Callable[[Tensor, Tensor, Tensor], Tensor]
     gelu: Callable[[Tensor], Tensor]
+    gelu_beside: Callable[[Tensor, Tensor], Tensor]
+    quantize_rows: Callable[[Tensor], tuple[Tensor, Tensor]]
+    linear_fp8: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    linear_w4a16: Callable[[Tensor, NvFp4, Tensor], Tensor]
+    linear_w4a4: Callable[[Tensor, Tensor, NvFp4, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -41,7 +63,7 @@ class Candidate:
     """An implementation, and why it cannot be used in a situation; None if it can."""
 
     name: str
-    run: Callable[..., Tensor]
+    run: Callable[..., Any]
     supports: Callable[[Situation], str | None]
 
 
@@ -50,10 +72,16 @@ def reference() -> KernelSet:
     return KernelSet(
         name="reference",
         modulate=modulate_ref,
+        residual_modulate=residual_modulate_ref,
         norm_rope=norm_rope_ref,
         attention=attention_ref,
         gate_residual=gate_residual_ref,
         gelu=gelu_ref,
+        gelu_beside=gelu_beside_ref,
+        quantize_rows=quantize_rows_ref,
+        linear_fp8=linear_fp8_ref,
+        linear_w4a16=linear_w4a16_ref,
+        linear_w4a4=linear_w4a4_ref,
     )
 
 
@@ -67,6 +95,16 @@ def _on_gpu(situation: Situation) -> str | None:
     if situation.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"kernels take float32, float16 and bfloat16, not {situation.dtype}"
     return None
+
+
+def _on_cpu(*dtypes: torch.dtype) -> Callable[[Situation], str | None]:
+    def reason(situation: Situation) -> str | None:
+        if situation.device.type == "cpu" and situation.dtype in dtypes:
+            return None
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        return f"it is for {names} on a CPU, found {situation.dtype} on {situation.device.type}"
+
+    return reason
 
 
 def _norm_rope(situation: Situation) -> str | None:
@@ -84,13 +122,43 @@ def _attention(situation: Situation) -> str | None:
     return None
 
 
+def _fp8(situation: Situation) -> str | None:
+    if reason := _on_gpu(situation):
+        return reason
+    chip = chip_of(situation.device)
+    return None if chip.fp8 and chip.sm in FP8_CONFIGS else f"sm_{chip.sm} does not multiply FP8"
+
+
+def _w4a16(situation: Situation) -> str | None:
+    if reason := _on_gpu(situation):
+        return reason
+    if situation.dtype not in (torch.float16, torch.bfloat16):
+        return f"the kernel takes float16 and bfloat16, not {situation.dtype}"
+    sm = chip_of(situation.device).sm
+    return None if sm in W4A16_CONFIGS else f"no configuration for sm_{sm}"
+
+
+def _w4a4(situation: Situation) -> str | None:
+    if reason := _on_gpu(situation):
+        return reason
+    chip = chip_of(situation.device)
+    return None if chip.fp4 and chip.sm in W4A4_CONFIGS else f"sm_{chip.sm} does not multiply FP4"
+
+
 CANDIDATES: Mapping[str, tuple[Candidate, ...]] = {
     "modulate": (
         Candidate("triton", modulate, _on_gpu),
         Candidate("torch", modulate_ref, _anywhere),
     ),
+    "residual_modulate": (
+        Candidate("triton", residual_modulate, _on_gpu),
+        Candidate("torch", residual_modulate_ref, _anywhere),
+    ),
     "norm_rope": (
         Candidate("triton", norm_rope, _norm_rope),
+        Candidate(
+            "complex", norm_rope_complex, _on_cpu(torch.float32, torch.bfloat16, torch.float16)
+        ),
         Candidate("torch", norm_rope_ref, _anywhere),
     ),
     # torch has cuDNN's and FlashAttention's kernels, which published figures put ahead of Triton's
@@ -105,7 +173,29 @@ CANDIDATES: Mapping[str, tuple[Candidate, ...]] = {
     ),
     "gelu": (
         Candidate("triton", gelu, _on_gpu),
+        Candidate("sigmoid", gelu_sigmoid, _on_cpu(torch.float32)),
         Candidate("torch", gelu_ref, _anywhere),
+    ),
+    "gelu_beside": (
+        Candidate("triton", gelu_beside, _on_gpu),
+        Candidate("sigmoid", gelu_beside_sigmoid, _on_cpu(torch.float32)),
+        Candidate("torch", gelu_beside_ref, _anywhere),
+    ),
+    "quantize_rows": (
+        Candidate("triton", quantize_rows, _fp8),
+        Candidate("torch", quantize_rows_ref, _anywhere),
+    ),
+    "linear_fp8": (
+        Candidate("triton", linear_fp8, _fp8),
+        Candidate("torch", linear_fp8_ref, _anywhere),
+    ),
+    "linear_w4a16": (
+        Candidate("triton", linear_w4a16, _w4a16),
+        Candidate("torch", linear_w4a16_ref, _anywhere),
+    ),
+    "linear_w4a4": (
+        Candidate("triton", linear_w4a4, _w4a4),
+        Candidate("torch", linear_w4a4_ref, _anywhere),
     ),
 }
 """Implementations of every op, the best one first."""
@@ -125,18 +215,31 @@ def select(
     named = named or {}
     if unknown := named.keys() - CANDIDATES.keys():
         raise ValueError(f"no op is called {sorted(unknown)}; there are {sorted(CANDIDATES)}")
-    chosen = {op: _choose(op, situation, named.get(op)) for op in CANDIDATES}
+    return assembled({op: usable(op, situation, named.get(op))[0] for op in CANDIDATES})
+
+
+def assembled(chosen: Mapping[str, Candidate]) -> KernelSet:
+    """A set of one implementation for every op."""
     name = " ".join(f"{op}={candidate.name}" for op, candidate in chosen.items())
     return KernelSet(name=name, **{op: candidate.run for op, candidate in chosen.items()})
 
 
-def _choose(op: str, situation: Situation, name: str | None) -> Candidate:
-    candidates = [c for c in CANDIDATES[op] if name in (None, c.name)]
+def usable(
+    op: str,
+    situation: Situation,
+    name: str | None,
+    known: Mapping[str, tuple[Candidate, ...]] = CANDIDATES,
+) -> list[Candidate]:
+    """What can run ``op``, the best first; only what is called ``name``, if that is not None.
+
+    Raises ValueError if nothing can.
+    """
+    candidates = [c for c in known[op] if name in (None, c.name)]
     if not candidates:
-        known = [c.name for c in CANDIDATES[op]]
-        raise ValueError(f"{op} has no implementation {name!r}; it has {known}")
+        names = [c.name for c in known[op]]
+        raise ValueError(f"{op} has no implementation {name!r}; it has {names}")
     reasons = [candidate.supports(situation) for candidate in candidates]
-    for candidate, reason in zip(candidates, reasons, strict=True):
-        if reason is None:
-            return candidate
-    raise ValueError(f"{op}: {name} cannot be used: {'; '.join(map(str, reasons))}")
+    found = [c for c, reason in zip(candidates, reasons, strict=True) if reason is None]
+    if not found:
+        raise ValueError(f"{op}: {name} cannot be used: {'; '.join(map(str, reasons))}")
+    return found

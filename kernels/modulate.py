@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from .gate_residual import gate_residual_ref
+from .gate_residual import gate_residual_ref, stored
 from .launch import Launch
 from .quantize import quantized
 
@@ -79,7 +79,7 @@ def _modulate_kernel(
         if RESIDUAL:
             y = tl.load(y_ptr + batch * y_batch + token * y_token + d, mask, 0.0)
             x += gate * y.to(tl.float32)
-            new = x.to(sum_ptr.dtype.element_ty)
+            new = stored(x, sum_ptr.dtype.element_ty)
             tl.store(sum_ptr + batch * sum_batch + token * sum_token + d, new, mask)
         centred = tl.where(mask, x - tl.sum(x, axis=0) / D, 0.0)
         variance = tl.sum(centred * centred, axis=0) / D

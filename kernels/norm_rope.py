@@ -51,12 +51,27 @@ def id_table(ids: int, axes_dim: Sequence[int], theta: float, device: torch.devi
 def norm_rope_ref(x: Tensor, scale: Tensor, rope: Tensor) -> Tensor:
     """RMS-normalise ``x [B, S, H, head_dim]``, times ``scale [head_dim]``, and rotate its pairs.
 
-    rope: ``[S, head_dim / 2, 2]`` float32 of :func:`rope_table`. The rotation is done in float32.
+    rope: ``[S, head_dim / 2, 2]`` float32 of :func:`rope_table`. The rotation is done in float32,
+    or in float64 if that is what ``x`` comes in.
     """
     normed = F.rms_norm(x, scale.shape, scale, EPS)
-    even, odd = normed.float().unflatten(-1, (-1, 2)).unbind(-1)
+    wide = normed.to(torch.promote_types(x.dtype, torch.float32))
+    even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = rope.unsqueeze(1).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
+
+
+def norm_rope_complex(x: Tensor, scale: Tensor, rope: Tensor) -> Tensor:
+    """:func:`norm_rope_ref` in float32 within, a pair of channels as one complex number.
+
+    For CPUs, where every pass counts: six where the reference takes twenty.
+    """
+    wide = x.float()
+    size = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    normed = (wide * scale).mul_(size.square_().div_(x.shape[-1]).add_(EPS).rsqrt_())
+    pairs = torch.view_as_complex(normed.unflatten(-1, (-1, 2)))
+    pairs.mul_(torch.view_as_complex(rope).unsqueeze(1))
+    return normed.to(x.dtype)
 
 
 def qk_norm_rope_ref(

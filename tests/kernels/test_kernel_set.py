@@ -22,18 +22,28 @@ def ops(kernels: KernelSet) -> dict[str, str]:
     return dict(part.split("=") for part in kernels.name.split())
 
 
-def test_a_cpu_gets_the_reference() -> None:
-    chosen, plain = select(CPU, BF16), reference()
+def test_a_cpu_gets_torch() -> None:
+    chosen, plain = select(CPU, torch.float64), reference()
     for field in dataclasses.fields(KernelSet):
         if field.name != "name":
             assert getattr(chosen, field.name) is getattr(plain, field.name)
     assert set(ops(chosen).values()) == {"torch"}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_a_cpu_gets_fewer_passes_where_they_pay(dtype: torch.dtype) -> None:
+    chosen = ops(select(CPU, dtype))
+    sigmoid = "sigmoid" if dtype == torch.float32 else "torch"
+    assert chosen.pop("norm_rope") == "complex"
+    assert {chosen.pop("gelu"), chosen.pop("gelu_beside")} == {sigmoid}
+    assert set(chosen.values()) == {"torch"}
+
+
 @pytest.mark.usefixtures("_h100")
 def test_a_gpu_gets_kernels() -> None:
     chosen = ops(select(GPU, BF16))
     assert chosen.pop("attention") == "torch"
+    assert chosen.pop("linear_w4a4") == "torch"  # Hopper multiplies no FP4
     assert set(chosen.values()) == {"triton"}
     assert ops(select(GPU, BF16, named={"attention": "triton"}))["attention"] == "triton"
 

@@ -44,6 +44,7 @@ def ops(device: torch.device) -> dict[str, tuple[Op, tuple[Any, ...]]]:
         "residual_modulate": (modulate._residual_modulate, (x, vector, x, vector, vector)),
         "gate_residual": (gate_residual._gate_residual, (x, vector, x)),
         "gelu": (gelu._gelu, (x,)),
+        "gelu_beside": (gelu._gelu_beside, (x[..., :16], x)),
         "norm_rope": (norm_rope._norm_rope, (q[:, :, None], randn(1, 1, 64), 0, rope)),
         "attention": (attention._attention, (q, k, v)),
         "linear_w4a16": (

@@ -77,3 +77,17 @@ def test_two_streams_quantised_in_one_pass(
     compare(total, new, exact[0])
     q, q_scale = quantize_rows_ref(normed)
     compare(out.float() * row_scale, q.float() * q_scale, exact[1])
+
+
+def test_fp16_saturates(device: torch.device) -> None:
+    """A sum beyond 65504 is that, not infinite, and what is normed is finite."""
+    x = torch.full((1, 3, 32), 6e4, dtype=torch.float16, device=device)
+    x[:, :, 1::2] *= -1
+    one, zero = torch.ones(1, 1, 32).to(x), torch.zeros(1, 1, 32).to(x)
+    expected = x.sign() * 65504
+    for gated in (gate_residual, gate_residual_ref):
+        assert torch.equal(gated(x, one, x), expected)
+    for fused in (residual_modulate, residual_modulate_ref):
+        total, out = fused(x, one, x, zero, zero)
+        assert torch.equal(total, expected)
+        torch.testing.assert_close(out, x.sign())

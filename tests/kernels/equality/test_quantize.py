@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fluxkontext.kernels.gelu import gelu, gelu_ref, launch_gelu
+from fluxkontext.kernels.gelu import gelu, gelu_beside, gelu_beside_ref, gelu_ref, launch_gelu
 from fluxkontext.kernels.quantize import FP8, launch_quantize_rows, quantize_rows, quantize_rows_ref
 
 from ..house_rule import DTYPES, check, compare
@@ -22,6 +22,8 @@ def test_gelu(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
     wide = 3 * torch.randn(*shape[:-1], shape[-1] + 16).to(device, dtype)
     x = wide[..., : shape[-1]]
     check(gelu(x), gelu_ref, x)
+    left = wide[..., 16 : 16 + shape[-1] // 4]
+    check(gelu_beside(left, x), gelu_beside_ref, left, x)
 
 
 @pytest.mark.usefixtures("_fp8")

@@ -1,0 +1,101 @@
+"""Kernels are tried at load: a wrong one is replaced, or refused when it was asked for by name."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from fluxkontext.kernels import proven
+from fluxkontext.kernels.gelu import gelu_ref
+from fluxkontext.kernels.kernel_set import CANDIDATES, Candidate, Situation, reference
+from fluxkontext.kernels.proof import CASES, fault_of
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def candidates(run: Callable[..., Any]) -> dict[str, tuple[Candidate, ...]]:
+    """The known ones, with another GELU before all of them."""
+    return {**CANDIDATES, "gelu": (Candidate("new", run, lambda _: None), *CANDIDATES["gelu"])}
+
+
+def _raises(x: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("no kernel image is available\nfor this device")
+
+
+WRONG = {
+    "largest error": lambda x: torch.nn.functional.gelu(x),
+    r"\[2, 37, 768\]": lambda x: gelu_ref(x)[:, :1],
+    "torch.float64": lambda x: gelu_ref(x).double(),
+    "not finite": lambda x: gelu_ref(x) / (x - x.flatten()[5]),
+    "RuntimeError: no kernel image is available$": _raises,
+}
+
+
+@pytest.mark.parametrize("found", WRONG)
+def test_a_wrong_kernel_is_replaced(found: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        chosen = proven(CPU, torch.float32, 64, 192, candidates=candidates(WRONG[found]))
+    assert "gelu=sigmoid" in chosen.name.split()
+    (record,) = caplog.records
+    message = record.getMessage().removesuffix("; using the next implementation")
+    assert message.startswith("gelu: expected new's result within twice the error of torch's")
+    with pytest.raises(ValueError, match=f"found .*{found}") as error:
+        proven(CPU, torch.float32, 64, 192, {"gelu": "new"}, candidates(WRONG[found]))
+    assert str(error.value) == message
+
+
+def test_a_right_kernel_is_taken(caplog: pytest.LogCaptureFixture) -> None:
+    right = lambda x: gelu_ref(x.clone())  # noqa: E731
+    chosen = proven(CPU, torch.float32, 64, 192, candidates=candidates(right))
+    assert chosen.gelu is right
+    assert "gelu=new" in chosen.name.split()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("head_dim", "width"), [(64, 192), (128, 128), (128, 3072)])
+def test_what_a_cpu_runs_passes(
+    head_dim: int, width: int, dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert "norm_rope=complex" in proven(CPU, dtype, head_dim, width).name
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_op_has_a_case_that_its_reference_passes(dtype: torch.dtype) -> None:
+    assert CASES.keys() == CANDIDATES.keys()
+    for op in CASES:
+        plain = getattr(reference(), op)
+        again = Candidate("again", lambda *args, run=plain: run(*args), lambda _: None)
+        assert fault_of(op, again, Situation(CPU, dtype, 64), 192) is None, op
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_every_case_sees_an_error(op: str) -> None:
+    """One result in a hundred off by a tenth of its size is far outside."""
+    plain = getattr(reference(), op)
+
+    def wrong(*args: Any) -> Any:
+        results = plain(*args)
+        first = results if isinstance(results, torch.Tensor) else results[0]
+        values = first.float()
+        values.flatten()[::100] *= 1.1
+        first.copy_(values.to(first.dtype))
+        return results
+
+    candidate = Candidate("wrong", wrong, lambda _: None)
+    assert fault_of(op, candidate, Situation(CPU, torch.bfloat16, 64), 192)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("head_dim", "width"), [(64, 192), (128, 3072)])
+def test_every_kernel_passes_on_a_gpu(
+    head_dim: int, width: int, dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
+    chosen = proven(torch.device("cuda", 0), dtype, head_dim, width)
+    assert not caplog.records
+    assert "norm_rope=triton" in chosen.name
