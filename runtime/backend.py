@@ -4,7 +4,7 @@ It is small and the same for every backend, so that the denoising loop holds no 
 nothing crosses to the host inside it. Handles and states are the backend's own and opaque.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -61,6 +61,8 @@ class Backend(Protocol):
     name: str
     device: str
     precision: str
+    details: Mapping[str, str]
+    """What else to know of it, for :attr:`KontextPipeline.about`: its kernels, say."""
 
     def encode_text(self, prompt: TokenIds | Embeddings) -> Handle:
         """Text conditioning of one prompt."""

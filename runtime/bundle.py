@@ -7,16 +7,20 @@ on every load, large ones once per change.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from .contract import TensorSpec
 from .errors import CheckpointError, CorruptedError
-from .files import whole_file
+from .files import cache_folder, locked, whole_file
+from .geometry import Grid
 
 MANIFEST = "manifest.json"
+ENGINES = "engines"
+"""The folder of engines, one folder a set."""
 SCHEMA_VERSION = 1
 VERIFY = ("once", "always", "never")
 _CHUNK = 2**26
@@ -45,24 +49,51 @@ class Bundle:
 
     def precision(self, flavour: str) -> str:
         """In what the graphs of a flavour compute."""
-        return str(self.manifest["precision"][flavour])
+        try:
+            return str(self.manifest["precision"][flavour])
+        except KeyError:
+            raise CheckpointError(
+                f"{self.root}: expected {flavour} graphs, found none, as {self.recipe} has none "
+                "for engines and providers, which take no scale that depends on the input; "
+                "quantise with --recipe fp8-static, or use --backend native"
+            ) from None
+
+    @property
+    def recipe(self) -> str | None:
+        """How the weights are quantised (:mod:`.recipes`); None if they are not."""
+        recipe = self.manifest.get("recipe")
+        return None if recipe is None else str(recipe)
+
+    def grid(self) -> Grid:
+        """The sizes that the model works in."""
+        vae = self.manifest["vae"]
+        return Grid(2 ** len(vae["block_out_channels"]), vae["sample_size"])
+
+    def inputs(self, name: str) -> dict[str, TensorSpec]:
+        """The inputs of a component's graphs, with the axes that the model fixes as numbers."""
+        inputs = self.manifest["components"][name]["inputs"]
+        return {
+            key: TensorSpec(spec["dtype"], tuple(spec["shape"])) for key, spec in inputs.items()
+        }
 
     def weight_bytes(self, name: str) -> int:
         """How much of the files a component's graph refers to."""
         return int(self.manifest["components"][name]["weight_bytes"])
 
 
-def open_bundle(root: Path, verify: str = "once") -> Bundle:
+def open_bundle(root: Path, verify: str = "once", engines: bool = True) -> Bundle:
     """Read the manifest of ``root`` and verify what it names.
 
-    verify: ``once`` (large files once per change), ``always``, or ``never`` (sizes only). Raises
-    CorruptedError for a file that differs, CheckpointError for one that is missing or a manifest
-    that this version cannot read.
+    verify: ``once`` (large files once per change), ``always``, or ``never`` (sizes only). engines:
+    verify these too; False is for who builds them anew. Raises CorruptedError for a file that
+    differs, CheckpointError for one that is missing or a manifest that this version cannot read.
     """
     manifest = read_manifest(root)
     known = _Stamps.load()
     for name, entry in manifest["files"].items():
         path = _inside(root, name)
+        if not engines and PurePosixPath(name).parts[0] == ENGINES:
+            continue
         try:
             state = path.stat()
         except FileNotFoundError:
@@ -123,6 +154,20 @@ def dump_manifest(manifest: Mapping[str, Any]) -> str:
     return json.dumps({**bare, _CHECKSUM: checksum}, indent=2, sort_keys=True) + "\n"
 
 
+def update_manifest(root: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Apply ``change`` to the manifest of ``root``: read and written whole, under a lock."""
+    with locked(root / ".manifest.lock", lambda: None):
+        manifest = read_manifest(root)
+        change(manifest)
+        with whole_file(root / MANIFEST) as file:
+            file.write(dump_manifest(manifest).encode())
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """What the manifest says of a file."""
+    return {"size": path.stat().st_size, "digest": digest(path)}
+
+
 def digest(path: Path) -> str:
     """SHA-256 over the SHA-256 of each 64 MiB of a file, in hexadecimal."""
     size = path.stat().st_size
@@ -155,8 +200,7 @@ class _Stamps:
 
     @classmethod
     def load(cls) -> "_Stamps":
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        file = cache / "fluxkontext" / "verified.json"
+        file = cache_folder() / "verified.json"
         try:
             entries = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError):

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -12,6 +12,7 @@ from .arguments import shown
 from .config import ClipConfig, T5Config, TransformerConfig, VaeConfig
 from .errors import CheckpointError
 from .layouts import Locate, diffusers_transformer, diffusers_vae, identity
+from .recipes import recipe_of
 from .schedule import SchedulerConfig
 from .weights import WeightIndex, find_files, read_headers, read_json
 
@@ -190,6 +191,7 @@ def recognise(
     for prefix, (layout, marker) in product(kind.prefixes, kind.markers.items()):
         if prefix + marker in weights.tensors:
             own = _own_tensors(weights, prefix, kind.optional)
+            recipe_of(own.metadata, own.tensors[marker].file)  # refuses one that is not known
             shape = _config_of(part, layout, own, config)
             return Component(part, own, shape, layout, _locate(layout, shape))
     return None
@@ -203,7 +205,7 @@ def _own_tensors(weights: WeightIndex, prefix: str, optional: frozenset[str]) ->
     if prefix:
         strays = (key for key in weights.tensors if not key.startswith(_PREFIXES))
         tensors |= {key: weights.tensors[key] for key in strays}
-    return WeightIndex(tensors, scales, own.metadata)
+    return replace(own, tensors=tensors, scales=scales)
 
 
 def _config_of(

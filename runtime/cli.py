@@ -18,8 +18,9 @@ INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code.
 
-    0 done; 1 run-time failure; 2 usage; 3 weights missing or malformed; 5 does not fit in memory;
-    6 a file of a bundle was changed; 7 deadline; 130 interrupted.
+    0 done; 1 run-time failure; 2 usage; 3 weights missing or malformed; 4 engines of another GPU,
+    version or size; 5 does not fit in memory; 6 a file of a bundle was changed; 7 deadline; 130
+    interrupted.
     """
     debug = False
     try:

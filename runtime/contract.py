@@ -1,9 +1,19 @@
-"""Inputs and outputs of the six graphs: the one source of names, types and axes."""
+"""Inputs and outputs of the six graphs: the one source of names, types, axes and their ranges."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from .geometry import Grid, Size
+
 Axis = str | int
+Triple = tuple[int, int, int]
+"""Least, usual and greatest extent of an axis: an engine runs between the ends."""
+Shape = tuple[int, ...]
+Profile = Mapping[str, tuple[Shape, Shape, Shape]]
+"""Input of a graph -> its least, usual and greatest shape."""
+CLIP_TOKENS = 77
+STEPS = (1, 28, 100)
+"""Steps of one edit for which modulation is computed at once; 28 is the published default."""
 
 
 @dataclass(frozen=True)
@@ -68,3 +78,72 @@ GRAPHS: Mapping[str, tuple[Tensors, Tensors]] = {
     ),
 }
 """Graph name -> (inputs, outputs), in the order of the graph's arguments."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The edits that engines are built for.
+
+    sizes: of results, (w, h) in pixels; the first is what engines are tuned for. contexts: fewest
+    and most pictures of one edit. batch: most edits at once. text_tokens: the longest prompt.
+    static: contexts have the sizes of results, and prompts the full length; otherwise contexts
+    also have any preferred size of the model, and prompts any length.
+    """
+
+    sizes: tuple[Size, ...]
+    contexts: tuple[int, int]
+    batch: int
+    text_tokens: int
+    static: bool = False
+
+    def axes(self, grid: Grid) -> Mapping[str, Triple]:
+        """The range of every axis that varies."""
+        pictures = self.sizes if self.static else (*self.sizes, *grid.preferred)
+        tokens = [grid.tokens(size) for size in self.sizes]
+        seen = [w * h for w, h in map(grid.tokens, pictures)]
+        usual = min(max(self.contexts[0], 1), self.contexts[1])
+        target = _triple([w * h for w, h in tokens])
+        context = (self.contexts[0] * min(seen), usual * seen[0], self.contexts[1] * max(seen))
+        return {
+            "batch": (self.batch if self.static else 1, self.batch, self.batch),
+            "clip_tokens": (CLIP_TOKENS,) * 3,
+            "text_tokens": (self.text_tokens if self.static else 1, *(self.text_tokens,) * 2),
+            "steps": STEPS,
+            "width": _triple([w for w, _ in pictures]),
+            "height": _triple([h for _, h in pictures]),
+            "target_tokens": target,
+            "context_tokens": context,
+            "image_tokens": (
+                target[0] + context[0],
+                target[1] + context[1],
+                target[2] + context[2],
+            ),
+            "grid_width": _triple([w for w, _ in tokens]),
+            "grid_height": _triple([h for _, h in tokens]),
+        }
+
+    def profile(self, name: str, inputs: Tensors, grid: Grid) -> Profile:
+        """The range of each input of graph ``name``; ``inputs`` has the model's own numbers.
+
+        Prompts and pictures are encoded, and results decoded, one at a time: only ``modulation``
+        and ``transformer`` see a batch.
+        """
+        axes = dict(self.axes(grid))
+        if name not in ("modulation", "transformer"):
+            axes["batch"] = (1, 1, 1)
+        ranges = {
+            key: [(axis,) * 3 if isinstance(axis, int) else axes[axis] for axis in spec.shape]
+            for key, spec in inputs.items()
+        }
+        return {
+            key: (
+                tuple(least for least, _, _ in triples),
+                tuple(usual for _, usual, _ in triples),
+                tuple(most for _, _, most in triples),
+            )
+            for key, triples in ranges.items()
+        }
+
+
+def _triple(extents: list[int]) -> Triple:
+    return min(extents), extents[0], max(extents)

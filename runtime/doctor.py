@@ -2,33 +2,94 @@
 
 import platform
 import sys
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from .about import VERSION
-from .bundle import open_bundle
+from .bundle import open_bundle, update_manifest
+from .engines import installed
+from .errors import BackendUnavailableError, EngineMismatchError
+from .golden import load_golden, replay
+from .loader import load, open_backend
 
 CORE = ("numpy", "pillow", "safetensors", "tokenizers", "tqdm")
-OPTIONAL = ("onnxruntime", "onnxruntime-gpu", "torch", "triton")
+OPTIONAL = ("onnxruntime", "onnxruntime-gpu", "torch", "triton", "cuda-bindings")
 
 
 def diagnose(bundle: Path | None = None) -> dict[str, Any]:
     """Facts about this machine, as JSON: software, devices, and each backend with its reason.
 
-    bundle: verified whole, large files too. Raises CorruptedError or CheckpointError for a bad one.
+    bundle: verified whole, large files too, and its golden edit replayed on the backend that this
+    machine would choose. Engines that fit this GPU and reproduce it are qualified from then on.
+    Raises CorruptedError or CheckpointError for a bad bundle.
     """
     facts = {
         "fluxkontext": VERSION,
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in (*CORE, *OPTIONAL)},
-        "backends": {"onnx": _onnx(), "native": _native()},
+        "backends": {"onnx": _onnx(), "native": _native(), "tensorrt": _tensorrt()},
     }
     if bundle is not None:
-        files = open_bundle(bundle, "always").manifest["files"]
-        facts["bundle"] = {"path": str(bundle), "files verified": len(files)}
+        facts["bundle"] = _bundle(bundle)
     return facts
+
+
+def _bundle(root: Path) -> dict[str, Any]:
+    """Verify and replay a bundle."""
+    bundle = open_bundle(root, "always")
+    facts: dict[str, Any] = {"path": str(root), "files verified": len(bundle.manifest["files"])}
+    golden = load_golden(root)
+    if golden is None:
+        return {**facts, "golden edit": "none in the bundle"}
+    if bundle.manifest.get("engines"):
+        try:
+            facts["engines"] = qualify(root)
+        except (BackendUnavailableError, EngineMismatchError) as error:
+            facts["engines"] = f"none that runs here: {error}"
+        else:
+            return facts
+    loaded = load(root, {}, "auto", "auto", "auto", "never")
+    try:
+        outcome = replay(loaded.backend, golden)
+    finally:
+        loaded.backend.close()
+    where = f"{root} on the {loaded.backend.name} backend"
+    outcome.check(loaded.backend.precision, where)
+    about = {"backend": loaded.backend.name, "precision": loaded.backend.precision}
+    return {**facts, "golden edit": {**about, **outcome.facts()}}
+
+
+def qualify(root: Path) -> dict[str, Any]:
+    """Replay the golden edit with the engines that fit this machine's GPU, and write down that they
+    passed; returns what was measured.
+
+    Raises CorruptedError for engines that are wrong, which are then not qualified, and
+    BackendUnavailableError or EngineMismatchError if none runs here.
+    """
+    bundle = open_bundle(root)
+    golden = load_golden(root)
+    if golden is None:
+        raise BackendUnavailableError(
+            f"{root}: expected a golden edit to qualify engines with, found none; "
+            "make one with: fluxkontext build --golden always"
+        )
+    backend = open_backend("tensorrt", bundle, "auto", "auto", qualified=False)
+    name, gpu = backend.details["engines"], backend.details["gpu"]
+    try:
+        replay(backend, golden)  # the first run compiles and records
+        outcome = replay(backend, golden)
+    finally:
+        backend.close()
+    passed: dict[str, Any] | bool = False
+    try:
+        outcome.check(backend.precision, f"{root}: {name} on {gpu}")
+        passed = {"gpu": gpu, **outcome.facts()}
+    finally:
+        update_manifest(root, lambda it: it["engines"][name].update(qualified=passed))
+    return {name: passed}
 
 
 def _version(package: str) -> str | None:
@@ -36,6 +97,29 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _tensorrt() -> dict[str, Any]:
+    """The engine libraries that are installed, and the GPU that they would run on."""
+    found = {library: it.version for library, it in installed().items()}
+    if not found:
+        return {
+            "available": False,
+            "reason": "no engine library is installed: pip install 'fluxkontext[tensorrt]' or "
+            "'fluxkontext[tensorrt-rtx]'",
+        }
+    try:
+        from .cuda import gpus
+
+        devices = [asdict(gpu) for gpu in gpus()]
+    except ImportError:
+        reason = "cuda-bindings is not installed: pip install cuda-bindings"
+    except BackendUnavailableError as error:
+        reason = str(error)
+    else:
+        reason = "runs engines that were built for this GPU"
+        return {"available": True, "reason": reason, "libraries": found, "devices": devices}
+    return {"available": False, "reason": reason, "libraries": found}
 
 
 def _onnx() -> dict[str, Any]:
@@ -71,7 +155,13 @@ def _native() -> dict[str, Any]:
         import torch
     except (ImportError, OSError) as error:
         return {"available": False, "reason": f"torch does not import: {error}"}
-    devices: list[dict[str, Any]] = [{"device": "cpu", "precisions": ["fp32", "bf16", "fp16"]}]
+    devices: list[dict[str, Any]] = [
+        {
+            "device": "cpu",
+            "precisions": ["fp32", "bf16", "fp16"],
+            "kernels (fp32)": _kernels(torch, "cpu", torch.float32),
+        }
+    ]
     for index in range(torch.cuda.device_count()):
         devices.append(_cuda(torch, index))
     reason = (
@@ -97,4 +187,19 @@ def _cuda(torch: Any, index: int) -> dict[str, Any]:
         "memory_gib": round(total / 2**30, 1),
         "free_gib": round(free / 2**30, 1),
         "precisions": ["fp32", *(["bf16"] if bf16 else []), "fp16"],
+        f"kernels ({'bf16' if bf16 else 'fp16'})": _kernels(
+            torch, f"cuda:{index}", torch.bfloat16 if bf16 else torch.float16
+        ),
     }
+
+
+def _kernels(torch: Any, device: str, dtype: Any) -> Any:
+    """How each implementation of the fused ops fares at FLUX's sizes: ``passes``, or why not."""
+    try:
+        from ..kernels.proof import trials
+    except ImportError as error:
+        return f"kernels do not import: {error}"
+    try:
+        return trials(torch.device(device), dtype, 128, 3072)
+    except RuntimeError as error:  # the GPU is taken, or has too little memory left
+        return f"not tried: {str(error).splitlines()[0]}"

@@ -38,6 +38,12 @@ class CheckpointError(KontextError):
     exit_code = 3
 
 
+class EngineMismatchError(KontextError):
+    """An engine was built for another GPU, version or range of sizes: it has to be rebuilt."""
+
+    exit_code = 4
+
+
 class CorruptedError(KontextError):
     """A file of a bundle is not what its manifest says: damaged, or tampered with."""
 

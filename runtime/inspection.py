@@ -49,6 +49,7 @@ def _bundle(path: Path) -> dict[str, Any]:
     return {
         "kind": "bundle",
         **{key: manifest[key] for key in ("software", "model", "precision", "components")},
+        **({"engines": manifest["engines"]} if manifest.get("engines") else {}),
         "files": len(manifest["files"]),
         "bytes": sum(entry["size"] for entry in manifest["files"].values()),
     }
@@ -72,6 +73,7 @@ def _network(component: Component[Any]) -> dict[str, Any]:
         "config": asdict(component.config),
         **_tensors(component.weights),
         "quantised": len(component.weights.scales),
+        **({"recipe": component.weights.recipe} if component.weights.recipe else {}),
         "files": sorted({t.file.name for t in component.weights.tensors.values()}),
     }
 
@@ -80,7 +82,7 @@ def _tensors(weights: WeightIndex) -> dict[str, Any]:
     tensors = weights.tensors.values()
     return {
         "tensors": len(tensors),
-        "parameters": sum(math.prod(t.shape) for t in tensors),
+        "parameters": sum(map(math.prod, weights.shapes.values())),
         "bytes": sum(math.prod(t.shape) * _BYTES.get(t.dtype[-2:], 1) for t in tensors),
         "dtypes": dict(Counter(t.dtype for t in tensors)),
     }

@@ -9,16 +9,18 @@ from pathlib import Path
 
 from .arguments import choice
 from .backend import Backend
-from .bundle import MANIFEST, VERIFY, Bundle, open_bundle
+from .budget import Budget, parse_bytes
+from .bundle import MANIFEST, VERIFY, Bundle, open_bundle, read_manifest
 from .checkpoint import Checkpoint, find, resolve
 from .config import VaeConfig
+from .engines import why_not_here
 from .errors import BackendUnavailableError, CheckpointError
 from .schedule import SchedulerConfig
 from .tokenizer import PromptTokenizer, load_tokenizer
 
 _log = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "onnx", "native")
+BACKENDS = ("auto", "onnx", "native", "tensorrt")
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Loaded:
     tokenizer_2: PromptTokenizer
     vae: VaeConfig
     scheduler: SchedulerConfig
+    budget: Budget | None = None
 
 
 def load(
@@ -40,26 +43,37 @@ def load(
     precision: str,
     device: str,
     verify: str,
+    vram_budget: str | int | None = None,
 ) -> Loaded:
-    """Find ``model``, choose a backend, and load it; what is asked for by name never falls back."""
+    """Find ``model``, choose a backend, and load it; what is asked for by name never falls back.
+
+    vram_budget: bytes, or such as ``12GiB``, for the native backend.
+    """
+    limit = None if vram_budget is None else parse_bytes(vram_budget)
     choice("backend", backend, BACKENDS)
     choice("verify", verify, VERIFY)
     root = resolve(model)
     is_bundle = root.is_dir() and (root / MANIFEST).is_file() and not parts
-    chosen, reason = (backend, "asked for") if backend != "auto" else _choose(is_bundle, device)
-    if chosen == "onnx":
+    chosen, reason = backend, "asked for"
+    if backend == "auto":
+        chosen, reason = _choose(root, is_bundle, device)
+    if limit is not None and chosen != "native":
+        raise BackendUnavailableError(
+            f"vram_budget: expected the native backend, which alone keeps to one, found {chosen}; "
+            "use backend native"
+        )
+    if chosen != "native":
         if not is_bundle:
             raise BackendUnavailableError(
-                f"{model}: expected a bundle for the onnx backend, found a checkpoint; "
-                "make one with: fluxkontext export"
+                f"{model}: expected a bundle for the {chosen} backend, found a checkpoint; "
+                f"make one with: fluxkontext {'export' if chosen == 'onnx' else 'build'}"
             )
-        require("onnxruntime", "for the onnx backend", "cpu")
-        loaded = _from_bundle(str(model), open_bundle(root, verify), device, precision)
+        loaded = _from_bundle(str(model), open_bundle(root, verify), chosen, device, precision)
     else:
         require("torch", "for the native backend", "torch")
         if is_bundle:
             open_bundle(root, verify)
-        loaded = _from_checkpoint(find(model, parts), device, precision)
+        loaded = _from_checkpoint(find(model, parts), device, precision, limit)
     _log.info(
         "%s: %s backend (%s) on %s in %s",
         *(model, chosen, reason, loaded.backend.device, loaded.backend.precision),
@@ -67,11 +81,17 @@ def load(
     return loaded
 
 
-def _choose(is_bundle: bool, device: str) -> tuple[str, str]:
-    """The fastest backend that is installed: native on a GPU, else the graphs of a bundle."""
+def _choose(root: Path, is_bundle: bool, device: str) -> tuple[str, str]:
+    """The fastest backend that is installed: engines that have passed on this GPU, native on a GPU,
+    else the graphs of a bundle."""
     has_torch, has_onnx = find_spec("torch") is not None, find_spec("onnxruntime") is not None
     if not is_bundle:
         return "native", "a checkpoint without graphs"
+    if device != "cpu" and _has_nvidia_driver():
+        reason = why_not_here(read_manifest(root), device)
+        if reason is None:
+            return "tensorrt", "engines that passed on this GPU"
+        _log.info("%s: not the tensorrt backend: %s", root, reason)
     if has_torch and device != "cpu" and _has_nvidia_driver():
         return "native", "a GPU and torch"
     if has_onnx or not has_torch:
@@ -93,14 +113,31 @@ def require(package: str, purpose: str, extra: str) -> None:
         )
 
 
-def _from_bundle(name: str, bundle: Bundle, device: str, precision: str) -> Loaded:
-    from .backends.onnx import OnnxBackend
+def open_backend(
+    chosen: str, bundle: Bundle, device: str, precision: str, *, qualified: bool = True
+) -> Backend:
+    """The ``onnx`` or ``tensorrt`` backend. qualified: only engines that have passed here."""
+    if chosen == "onnx":
+        require("onnxruntime", "for the onnx backend", "cpu")
+        from .backends.onnx import OnnxBackend
 
+        return OnnxBackend(bundle, device, precision)
+    try:
+        from .backends.tensorrt import TensorRtBackend
+    except ImportError:
+        raise BackendUnavailableError(
+            "expected cuda-bindings for the tensorrt backend, found none; install it with an "
+            "engine library: pip install 'fluxkontext[tensorrt]' or 'fluxkontext[tensorrt-rtx]'"
+        ) from None
+    return TensorRtBackend(bundle, device, precision, qualified=qualified)
+
+
+def _from_bundle(name: str, bundle: Bundle, chosen: str, device: str, precision: str) -> Loaded:
     manifest = bundle.manifest
     vae = dict(manifest["vae"])
     return Loaded(
         name,
-        OnnxBackend(bundle, device, precision),
+        open_backend(chosen, bundle, device, precision),
         load_tokenizer(bundle.root / "tokenizer", 77),
         load_tokenizer(bundle.root / "tokenizer_2", 512),
         VaeConfig(**{**vae, "block_out_channels": tuple(vae["block_out_channels"])}),
@@ -108,7 +145,9 @@ def _from_bundle(name: str, bundle: Bundle, device: str, precision: str) -> Load
     )
 
 
-def _from_checkpoint(checkpoint: Checkpoint, device: str, precision: str) -> Loaded:
+def _from_checkpoint(
+    checkpoint: Checkpoint, device: str, precision: str, limit: int | None
+) -> Loaded:
     from .backends.native import NativeBackend
 
     clip, t5 = checkpoint.text_encoder.config, checkpoint.text_encoder_2.config
@@ -122,13 +161,15 @@ def _from_checkpoint(checkpoint: Checkpoint, device: str, precision: str) -> Loa
             f"{clip.max_position_embeddings} as the text_encoder has, "
             f"found {tokenizer.model_max_length}"
         )
+    native = NativeBackend(checkpoint, device, precision, limit, tokenizer_2.model_max_length)
     return Loaded(
         checkpoint.name,
-        NativeBackend(checkpoint, device, precision),
+        native,
         tokenizer,
         tokenizer_2,
         checkpoint.vae.config,
         checkpoint.scheduler,
+        native.budget,
     )
 
 

@@ -2,18 +2,32 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ..kernels import KernelSet
 from .checkpoint import Component
-from .layouts import Piece
-from .weights import StoredTensor, match, open_safetensors
+from .models.quantised import stand_in
+from .reading import Reader
+from .weights import match
 
 Config = TypeVar("Config")
 Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """How a component's quantised layers run.
+
+    kernels: what they run with. recipe: one without calibration, by which plain weights are
+    quantised while they are loaded; None loads weights as they are stored.
+    """
+
+    kernels: KernelSet
+    recipe: str | None = None
 
 
 def build(make: Callable[[], Module]) -> Module:
@@ -27,10 +41,13 @@ def load(
     make: Callable[[Config], Module],
     device: torch.device,
     dtype: torch.dtype,
+    quantised: Quantised | None = None,
 ) -> Module:
     """Make the module of ``component`` with its weights on ``device`` in ``dtype``.
 
-    Tensors that the module lists in ``fp16_exceptions`` stay float32 when ``dtype`` is float16.
+    quantised: layers that are stored in FP8 or NVFP4, or that its recipe quantises, run as such
+    (:mod:`.models.quantised`); None dequantises what is stored into ``dtype``. Tensors that the
+    module lists in ``fp16_exceptions`` stay float32 when ``dtype`` is float16.
 
     Each tensor is allocated once, in its place, and filled from the memory-mapped file piece by
     piece; no second copy of the weights exists. Raises CheckpointError unless the names and shapes
@@ -40,42 +57,24 @@ def load(
     exceptions = getattr(module, "fp16_exceptions", ()) if dtype == torch.float16 else ()
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     pieces = match(component.name, wanted, component.weights, component.locate)
+
+    def kind(name: str) -> torch.dtype:
+        return torch.float32 if name.endswith(tuple(exceptions)) else dtype
+
     with ExitStack() as stack:
-        reader = _Reader(component, stack)
-        state = {}
+        reader = Reader(component, stack, device)
+        state: dict[str, Tensor] = {}
+        if quantised is not None:
+            linears = {k: m for k, m in module.named_modules() if isinstance(m, nn.Linear)}
+            for name, layer in linears.items():
+                weight = f"{name}.weight"
+                columns = layer.in_features
+                if found := reader.quantised(pieces[weight], name, columns, quantised.recipe):
+                    new = stand_in(layer, found, quantised.kernels, kind(weight))
+                    module.set_submodule(name, new)
+                    state |= {f"{name}.{k}": v for k, v in found.tensors.items()}
         for name, shape in wanted.items():
-            kind = torch.float32 if name.endswith(tuple(exceptions)) else dtype
-            tensor = torch.empty(shape, dtype=kind, device=device)
-            row = 0
-            for piece in pieces[name]:
-                source = reader.read(piece)
-                tensor[row : row + len(source)].copy_(source.reshape(len(source), *shape[1:]))
-                row += len(source)
-            state[name] = tensor
+            if name not in state:
+                state[name] = reader.floats(pieces[name], shape, kind(name))
     module.load_state_dict(state, assign=True)
     return module
-
-
-class _Reader:
-    """Reads stored pieces; every file is opened once."""
-
-    def __init__(self, component: Component[Any], stack: ExitStack) -> None:
-        self.weights = component.weights
-        self.stack = stack
-        self.files: dict[Path, Any] = {}
-
-    def read(self, piece: Piece) -> Tensor:
-        """The rows of ``piece``, dequantised when the file has a scale for them."""
-        tensor = self._tensor(self.weights.tensors[piece.key])
-        if scale := self.weights.scales.get(piece.key):
-            factor = self._tensor(scale).float()
-            factor = factor.reshape(-1, *[1] * (tensor.ndim - 1)) if factor.numel() > 1 else factor
-            tensor = tensor.float() * factor
-        return tensor if piece.half is None else tensor.chunk(2)[piece.half]
-
-    def _tensor(self, stored: StoredTensor) -> Tensor:
-        if stored.file not in self.files:
-            opened = open_safetensors(stored.file, "pt")
-            self.files[stored.file] = self.stack.enter_context(opened)
-        tensor: Tensor = self.files[stored.file].get_tensor(stored.key)
-        return tensor

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from .about import VERSION
 from .arguments import choice, number, shown, whole
 from .backend import Backend, Floats, State
+from .budget import Budget, workload
 from .checkpoint import PARTS
 from .config import VaeConfig
 from .encoding import Encoder
@@ -50,10 +51,12 @@ class KontextPipeline:
         name: str = "",
         max_queue: int = 64,
         memo_entries: int = 16,
+        budget: Budget | None = None,
     ) -> None:
         """Assemble a pipeline; :meth:`from_pretrained` does this for a checkpoint.
 
         memo_entries: how many prompts and how many context pictures are remembered; 0 for none.
+        budget: the limit within which ``backend`` was loaded; requests beyond it are refused.
         """
         max_queue = whole("max_queue", max_queue, 0, sys.maxsize)
         memo_entries = whole("memo_entries", memo_entries, 0, sys.maxsize)
@@ -64,6 +67,8 @@ class KontextPipeline:
         self.scheduler = scheduler
         self.grid = Grid(2 * vae.downscale, vae.sample_size)
         self.encoder = Encoder(backend, tokenizer, tokenizer_2, self.grid, memo_entries)
+        self.budget = budget
+        self._remembered = memo_entries
         self._turnstile = Turnstile(max_queue)
 
     @classmethod
@@ -74,6 +79,7 @@ class KontextPipeline:
         backend: str = "auto",
         precision: str = "auto",
         device: str = "auto",
+        vram_budget: str | int | None = None,
         vae: str | os.PathLike[str] | None = None,
         text_encoder: str | os.PathLike[str] | None = None,
         text_encoder_2: str | os.PathLike[str] | None = None,
@@ -88,14 +94,17 @@ class KontextPipeline:
         model: a bundle, a diffusers folder, a BFL or ComfyUI single file, or a hub id in the local
         cache. A single file lacks some parts; ``vae`` ... ``tokenizer_2`` name a folder or file for
         each. backend: ``auto``, ``onnx`` (bundles) or ``native`` (torch). precision: ``auto``,
-        ``fp32``, ``bf16`` or ``fp16``. verify: large files of a bundle ``once`` per change,
-        ``always`` or ``never``. Raises CheckpointError for weights that are missing or malformed,
-        CorruptedError for a bundle that is not what its manifest says, BackendUnavailableError for
-        what this machine cannot run.
+        ``fp32``, ``bf16``, ``fp16``, ``fp8`` or ``nvfp4``; auto runs what is stored. vram_budget:
+        what the device may spend in all, in bytes or such as ``12GiB`` (native only): weights that
+        do not fit are streamed from the host, and an edit that cannot fit is refused before it
+        starts. verify: large files of a bundle ``once`` per change, ``always`` or ``never``. Raises
+        CheckpointError for weights that are missing or malformed, CorruptedError for a bundle that
+        is not what its manifest says, OutOfMemoryError for a model that no budget so small can run,
+        BackendUnavailableError for what this machine cannot run.
         """
         given = (vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2)
         parts = {k: v for k, v in zip(PARTS[1:], given, strict=True) if v is not None}
-        loaded = load(model, parts, backend, precision, device, verify)
+        loaded = load(model, parts, backend, precision, device, verify, vram_budget)
         return cls(
             loaded.backend,
             loaded.tokenizer,
@@ -105,6 +114,7 @@ class KontextPipeline:
             name=loaded.name,
             max_queue=max_queue,
             memo_entries=memo_entries,
+            budget=loaded.budget,
         )
 
     def __call__(
@@ -214,16 +224,22 @@ class KontextPipeline:
             like = self.backend.read(state).shape
             return np.stack(packed_latents(latents, *like))
 
+        watch.timings["prepare"] = watch.elapsed
         with self._turnstile.enter(watch.check):
-            watch.timings["queue"] = watch.elapsed
-            draw_noise(jobs, self.grid, self.vae.latent_channels, seed, generator, latents)
+            watch.timings["queue"] = watch.elapsed - watch.timings["prepare"]
+            with watch.stage("noise"):
+                draw_noise(jobs, self.grid, self.vae.latent_channels, seed, generator, latents)
+            for batch in batches:
+                self._admit(batch, sampling)
             total = sampling.num_inference_steps * len(batches)
             with tqdm(total=total, disable=not progress, unit="step") as bar:
                 for batch in batches:
+                    self._admit(batch, sampling)
                     sigmas_of = schedules[batch[0].target]
                     encoded = self.encoder.batch(batch, sigmas_of, sampling, watch)
-                    with watch.stage("denoise"):
+                    with watch.stage("begin"):
                         state = self.backend.begin(encoded)
+                    with watch.stage("denoise"):
                         for i in range(sampling.num_inference_steps):
                             watch.check()
                             self.backend.step(state, i)
@@ -240,7 +256,8 @@ class KontextPipeline:
         contexts: int = 1,
         batch: int = 1,
     ) -> None:
-        """Run a short edit of each (width, height), so that the first user does not wait.
+        """Run a short edit of each (width, height), so that the first user does not wait: what is
+        compiled, captured or allocated once for a size then is.
 
         sizes: of result and contexts alike; the model's native square when empty.
         """
@@ -252,7 +269,7 @@ class KontextPipeline:
             self(
                 [[blank] * contexts] if contexts else None,
                 "",
-                num_inference_steps=1,
+                num_inference_steps=2,  # one to warm up, one to capture
                 num_images_per_prompt=batch,
                 auto_resize=False,
                 height=height,
@@ -287,7 +304,13 @@ class KontextPipeline:
             "backend": self.backend.name,
             "device": self.backend.device,
             "precision": self.backend.precision,
+            **self.backend.details,
         }
+
+    def _admit(self, batch: Sequence[Job], sampling: Sampling) -> None:
+        """Refuse what the budget has no room for, and settle how the rest saves memory."""
+        if self.budget is not None:
+            self.budget.admit(workload(batch, sampling, self._remembered))
 
     def _finish(self, jobs: Sequence[Job], state: State, output_type: str) -> None:
         outputs: Sequence[Any]

@@ -1,82 +1,77 @@
 """What safetensors files hold, by name, without reading a weight; no torch needed.
 
-Quantised files of ComfyUI carry scales and markers beside the weights; these are told apart here,
-so that the rest of the code sees one tensor a name and, for some, a scale.
+Quantised files carry scales and marks beside the weights; these are told apart here, so that the
+rest of the code sees one tensor a name and what belongs to it.
 """
 
 import json
-import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from operator import add
 from pathlib import Path
 from typing import Any
 
+from .comfy_marks import first_form, marked_layers
 from .errors import CheckpointError
 from .layouts import Locate, Piece
+from .stored import StoredTensor as StoredTensor
+from .stored import WeightIndex as WeightIndex
+from .stored import absent_scales, wrong_scales
 
 FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 """Stored types that load: anything that converts to the compute type by a cast (and a scale)."""
 
 _NUMBER = re.compile(r"([0-9]{1,18})")
-_SCALE = re.compile(r"(?P<module>.+)\.(?:scale_weight|weight_scale)$")
-_MARKER = re.compile(r"(?:.*\.)?(?:scaled_fp8|scale_input|input_scale|comfy_quant|spiece_model)$")
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a file: its safetensors dtype name, its shape, and where it is."""
-
-    file: Path
-    key: str
-    dtype: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class WeightIndex:
-    """The tensors of one component by name, scales of quantised ones, and the files' metadata."""
-
-    tensors: Mapping[str, StoredTensor]
-    scales: Mapping[str, StoredTensor] = field(default_factory=dict)
-    metadata: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tensor.shape for name, tensor in self.tensors.items()}
-
-    def under(self, prefix: str) -> "WeightIndex":
-        """The tensors whose names start with ``prefix``, under their names without it."""
-
-        def cut(named: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-            return {k.removeprefix(prefix): v for k, v in named.items() if k.startswith(prefix)}
-
-        return WeightIndex(cut(self.tensors), cut(self.scales), self.metadata)
+_MARK = re.compile(r"(?:.*\.)?(?:scaled_fp8|comfy_quant|spiece_model)$")
+_KINDS = {
+    "weight_scale": "scales",
+    "scale_weight": "scales",
+    "weight_scale_2": "global_scales",
+    "input_scale": "input_scales",
+    "scale_input": "input_scales",
+}
 
 
 def read_headers(files: Iterable[Path]) -> WeightIndex:
-    """Index the tensors of safetensors files from their headers alone."""
-    tensors: dict[str, StoredTensor] = {}
-    scales: dict[str, StoredTensor] = {}
+    """Index the tensors of safetensors files from their headers, and from the marks in them."""
+    found: dict[str, dict[str, StoredTensor]] = {kind: {} for kind in ("tensors", *_KINDS.values())}
     metadata: dict[str, str] = {}
+    comfy: dict[str, bool] = {}
     for file in files:
         with open_safetensors(file, "numpy") as opened:
-            metadata |= opened.metadata() or {}
+            own = opened.metadata() or {}
+            marks: dict[str, bytes] = {}
+            scaled: tuple[int, ...] | None = None
             for key in opened.keys():  # noqa: SIM118 - not a mapping
                 view = opened.get_slice(key)
                 stored = StoredTensor(file, key, view.get_dtype(), tuple(view.get_shape()))
-                match = _SCALE.match(key)
-                if not match and _MARKER.match(key):
+                if _MARK.match(key):
+                    if key.endswith("comfy_quant"):
+                        marks[key] = opened.get_tensor(key).tobytes()
+                    elif key.endswith("scaled_fp8"):
+                        scaled = stored.shape
                     continue
-                name, kind = (match["module"] + ".weight", scales) if match else (key, tensors)
-                if name in kind:
+                module, kind = _split(key)
+                name = f"{module}.weight" if module else key
+                if name in found[kind]:
                     raise CheckpointError(
-                        f"{file}: expected {key} once, found it in {kind[name].file} too"
+                        f"{file}: expected {key} once, found it in {found[kind][name].file} too"
                     )
-                kind[name] = stored
-    return WeightIndex(tensors, scales, metadata)
+                found[kind][name] = stored
+            if scaled is not None:
+                comfy |= first_form(
+                    scaled, (n for n, s in found["scales"].items() if s.file == file)
+                )
+            comfy |= marked_layers(file, own, marks)
+            metadata |= own
+    return WeightIndex(metadata=metadata, comfy=comfy, **found)
+
+
+def _split(key: str) -> tuple[str, str]:
+    """(module, kind of scale) of a key, or ("", "tensors")."""
+    module, _, last = key.rpartition(".")
+    return (module, _KINDS[last]) if module and last in _KINDS else ("", "tensors")
 
 
 def open_safetensors(file: Path, framework: str) -> Any:
@@ -155,21 +150,22 @@ def match(
         if absent:
             continue
         stored = [index.tensors[piece.key] for piece in pieces]
+        shapes = [index.shape(piece.key) for piece in pieces]
         rows = sum(
-            t.shape[0] / (1 if p.half is None else 2)
-            for p, t in zip(pieces, stored, strict=True)
-            if t.shape
+            s[0] / (1 if p.half is None else 2) for p, s in zip(pieces, shapes, strict=True) if s
         )
-        if any((rows, *_inner(t.shape)) != (shape[0], *_inner(shape)) for t in stored):
-            shapes = " + ".join(str(list(t.shape)) for t in stored)
-            misshaped.append((pieces[0].key, f"{shapes} for {list(shape)}"))
-        for scale, t in ((index.scales.get(t.key), t) for t in stored):
-            if scale and math.prod(scale.shape) not in (1, t.shape[0] if t.shape else 1):
-                misshaped.append((scale.key, f"{list(scale.shape)} for {list(t.shape)}"))
-        wrong_dtype += [(t.key, t.dtype) for t in stored if t.dtype not in FLOAT_DTYPES]
+        if any((rows, *_inner(s)) != (shape[0], *_inner(shape)) for s in shapes):
+            sizes = " + ".join(str(list(s)) for s in shapes)
+            misshaped.append((pieces[0].key, f"{sizes} for {list(shape)}"))
+        for piece, t in zip(pieces, stored, strict=True):
+            missing += absent_scales(component, index, piece.key)
+            misshaped += wrong_scales(index, piece.key)
+            if t.dtype not in FLOAT_DTYPES and index.form(piece.key) == "float":
+                wrong_dtype.append((t.key, t.dtype))
         found[name] = pieces
     unexpected = [key for key in index.tensors if key not in used]
-    unexpected += [scale.key for key, scale in index.scales.items() if key not in used]
+    beside = [*index.scales.items(), *index.global_scales.items()]
+    unexpected += [scale.key for key, scale in beside if key not in used]
     problems = [
         f"{label} {collapse(names)}"
         for label, names in (("missing", missing), ("unexpected", unexpected))

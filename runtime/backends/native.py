@@ -1,41 +1,38 @@
 """The torch backend: any checkpoint, on CPU or GPU, without a build step."""
 
-import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ...kernels import reference
+from ...kernels import proven
 from ..backend import Batch, Embeddings, Floats, TokenIds
-from ..checkpoint import Checkpoint
-from ..errors import (
-    BackendUnavailableError,
-    InvalidInputError,
-    KontextError,
-    OutOfMemoryError,
-)
+from ..budget import Budget
+from ..checkpoint import Checkpoint, Component
+from ..device_memory import memory_errors
+from ..errors import BackendUnavailableError, InvalidInputError, KontextError
+from ..executor import MAX_GRAPHS, Branch, Edit, Executor, Run
 from ..geometry import Size
 from ..images import Pixels
 from ..loading import load
+from ..memory_model import CPU, CUDA, Workload
 from ..models.clip import ClipText
 from ..models.t5 import T5Encoder
 from ..models.transformer import Flux
 from ..models.vae import Vae, pack, scale, unpack, unscale
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-_EXHAUSTED = re.compile(r"alloc|out of memory|could not create a (primitive|memory object)$", re.I)
-"""What exhausted memory is called where torch raises a bare RuntimeError: its CPU allocator, CUDA,
-cuBLAS and cuDNN (``..._ALLOC_FAILED``), and oneDNN."""
+from ..placement import Placed
+from ..plan import Planner
+from ..tensor_shapes import ModelShapes
+from .precision import choose_precision
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Config = TypeVar("Config")
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -47,23 +44,10 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Branch:
-    """One conditioning of a batch: ``modulation [N, R, B, 1, D]``, ``txt [B, S, D]``, ``rope``."""
-
-    modulation: Tensor
-    txt: Tensor
-    rope: Tensor
-
-
-@dataclass
 class State:
-    """A batch in the making. ``latents [B, T, 4 C]`` float32; one branch, or two for true CFG."""
+    """A batch in the making: its run in the executor, and the target's size in tokens (w, h)."""
 
-    latents: Tensor
-    context: Tensor
-    branches: Sequence[Branch]
-    dts: Sequence[float]
-    true_cfg_scale: float
+    run: Run
     target: Size
 
 
@@ -72,57 +56,62 @@ def on_device(method: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(method)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.inference_mode(), _memory_errors():
+        with torch.inference_mode(), memory_errors():
             return method(*args, **kwargs)
 
     return run
-
-
-@contextmanager
-def _memory_errors() -> Iterator[None]:
-    try:
-        yield
-    except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-        text = str(error).splitlines()[0] if str(error) else "out of memory"
-        is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not is_memory and not _EXHAUSTED.search(text):
-            raise
-        failure = OutOfMemoryError(
-            f"expected enough memory for this edit, found: {text}; "
-            "use a smaller size, fewer images at once or a lower precision"
-        )
-    else:
-        return
-    # raised here, so that the failed call's frames and tensors are let go first
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    raise failure
 
 
 class NativeBackend:
     """Implements :class:`fluxkontext.runtime.backend.Backend`."""
 
     name = "native"
+    graphs = True
+    """Whether steps may be recorded, where the device can and there is room; recorded ones run no
+    Python."""
 
-    @_memory_errors()
-    def __init__(self, checkpoint: Checkpoint, device: str, precision: str) -> None:
+    @memory_errors()
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: str,
+        precision: str,
+        vram_budget: int | None = None,
+        text_tokens: int = 512,
+        max_graphs: int = MAX_GRAPHS,
+    ) -> None:
         """Load every network.
 
-        device: ``auto``, ``cpu``, ``cuda`` ... precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``;
-        auto is fp32 on a CPU, and bf16 (fp16 before Ampere) on a GPU.
+        device: ``auto``, ``cpu``, ``cuda`` ... precision: ``auto``, ``fp32``, ``bf16``, ``fp16``,
+        ``fp8`` or ``nvfp4``, as in :func:`.precision.choose_precision`. vram_budget: bytes that the
+        device may spend, or None for all it has; weights that do not fit stay on the host.
+        text_tokens: of a prompt, the most. max_graphs: sizes whose CUDA graphs are kept.
         """
         self._device = _choose_device(device)
         self.device = str(self._device)
-        self.precision = _choose_precision(precision, self._device)
-        self._dtype = dtype = DTYPES[self.precision]
+        self._weights = choose_precision(precision, checkpoint, self._device)
+        self.precision = self._weights.name
+        self._dtype = dtype = self._weights.dtype
         # fp16 overflows in the decoder, as the checkpoint's config warns
         upcast = dtype == torch.float16 and checkpoint.vae.config.force_upcast
         self._vae_dtype = torch.float32 if upcast else dtype
-        ops = reference()
-        self._clip = load(checkpoint.text_encoder, ClipText, self._device, dtype)
-        self._t5 = load(checkpoint.text_encoder_2, T5Encoder, self._device, dtype)
-        self._vae = load(checkpoint.vae, Vae, self._device, self._vae_dtype)
-        self._flux = load(checkpoint.transformer, lambda c: Flux(c, ops), self._device, dtype)
+        self.budget = None
+        if vram_budget is not None:
+            self.budget = self._plan(ModelShapes.of(checkpoint), vram_budget, text_tokens)
+        self._placed = Placed(self.budget, self._device)
+        shape = checkpoint.transformer.config
+        ops = proven(self._device, dtype, shape.head_dim, shape.hidden_size)
+        self._ops = ops
+        recipe = self._weights.recipe
+        self.details: Mapping[str, str] = {
+            "kernels": ops.name,
+            **({"recipe": recipe} if recipe else {}),
+        }
+        self._clip = self._load(checkpoint.text_encoder, ClipText, dtype)
+        self._t5 = self._load(checkpoint.text_encoder_2, T5Encoder, dtype)
+        self._vae = self._load(checkpoint.vae, Vae, self._vae_dtype)
+        self._flux = self._load(checkpoint.transformer, lambda c: Flux(c, ops), dtype)
+        self._executor = Executor(self._flux, self._device, dtype, max_graphs)
 
     @on_device
     def encode_text(self, prompt: TokenIds | Embeddings) -> Text:
@@ -137,7 +126,8 @@ class NativeBackend:
             return Text(self._tensor(prompt.pooled)[None], self._tensor(prompt.tokens)[None])
         clip = torch.from_numpy(prompt.clip)[None].to(self._device)
         t5 = torch.from_numpy(prompt.t5)[None].to(self._device)
-        return Text(self._clip(clip), self._t5(t5))
+        with self._placed.stage():
+            return Text(self._clip(clip), self._t5(t5))
 
     @on_device
     def encode_image(self, image: Pixels | Floats) -> Tensor:
@@ -146,8 +136,8 @@ class NativeBackend:
             pixels = torch.tensor(image, device=self._device)
             # contiguous: channels-last convolutions on a CPU lose a digit (measured at 1248x832)
             pixels = pixels.permute(2, 0, 1)[None].contiguous().to(torch.float32) / 255 * 2 - 1
-            with self._exact_convolutions():
-                latents = self._vae.encode(pixels.to(self._vae_dtype))
+            with self._exact_convolutions(), self._placed.stage():
+                latents = self._vae.encode(pixels.to(self._vae_dtype), self._placed.tile)
             latents = scale(latents, self._vae.config).to(self._dtype)
         else:
             latents = self._tensor(cast(Floats, image))[None]
@@ -169,52 +159,81 @@ class NativeBackend:
         for texts in (batch.text, batch.negative) if batch.negative else (batch.text,):
             pooled = torch.cat([text.pooled for text in texts])
             txt = flux.txt_in(torch.cat([text.tokens for text in texts]))
-            modulation = flux.modulation(sigmas[:-1], guidance, pooled)
-            branches.append(Branch(modulation, txt, flux.rope(positions, txt.shape[1])))
-        dts = np.diff(batch.sigmas).tolist()
-        return State(latents, context, branches, dts, batch.true_cfg_scale, batch.target)
+            with self._placed.stage():
+                modulation = flux.modulation(sigmas[:-1], guidance, pooled)
+            branches.append(Branch(txt, modulation, flux.rope(positions, txt.shape[1])))
+        dts = torch.from_numpy(np.diff(batch.sigmas)).to(device)
+        edit = Edit(latents, context, branches, dts, batch.true_cfg_scale)
+        return State(self._executor.begin(edit, self.graphs and self._placed.graphs), batch.target)
 
     @on_device
     def step(self, state: State, i: int) -> None:
-        img = state.latents.to(self._dtype)
-        velocities = [
-            self._flux(img, state.context, branch.txt, branch.modulation[i], branch.rope).float()
-            for branch in state.branches
-        ]
-        velocity = velocities[0]
-        if len(velocities) == 2:
-            velocity = torch.lerp(velocities[1], velocity, state.true_cfg_scale)
-        state.latents.add_(velocity, alpha=state.dts[i])
+        self._executor.step(state.run, i)
 
     @on_device
     def read(self, state: State) -> Floats:
-        return state.latents.cpu().numpy().copy()
+        return self._executor.latents(state.run).cpu().numpy().copy()
 
     @on_device
     def write(self, state: State, latents: Floats) -> None:
-        state.latents.copy_(torch.from_numpy(latents))
+        self._executor.latents(state.run).copy_(torch.from_numpy(latents))
 
     @on_device
     def decode(self, state: State) -> list[Pixels]:
-        if not state.latents.isfinite().all():
+        final = self._executor.latents(state.run)
+        if not final.isfinite().all():
             raise KontextError(
                 f"expected finite latents, found NaN or infinity after the last step in "
                 f"{self.precision}; use precision bf16 or fp32"
             )
         width, height = state.target
         pictures = []
-        for tokens in state.latents.split(1):  # one at a time: the decoder is the memory's peak
+        for tokens in final.split(1):  # one at a time: the decoder is the memory's peak
             latents = unscale(unpack(tokens, width, height), self._vae.config)
-            with self._exact_convolutions():
-                image = self._vae.decode(latents.to(self._vae_dtype))[0]
+            with self._exact_convolutions(), self._placed.stage():
+                image = self._vae.decode(latents.to(self._vae_dtype), self._placed.tile)[0]
             levels = (image.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
             pictures.append(levels.permute(1, 2, 0).contiguous().cpu().numpy())
         return pictures
 
+    @property
+    def denoiser(self) -> Flux:
+        """The diffusion transformer, for those who look into it."""
+        return self._flux
+
+    @property
+    def captures(self) -> int:
+        """How many CUDA graphs were captured."""
+        return self._executor.captures
+
+    @property
+    def replays(self) -> int:
+        """How many steps were replays of one."""
+        return self._executor.replays
+
     def close(self) -> None:
-        del self._clip, self._t5, self._vae, self._flux
+        self._executor.release()
+        self._placed.close()
+        del self._executor, self._clip, self._t5, self._vae, self._flux
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _load(
+        self, component: Component[Config], make: Callable[[Config], Module], dtype: torch.dtype
+    ) -> Module:
+        """A network with its weights where the budget's plan wants them."""
+        weights = self._weights.weights(component, self._ops)
+        module = load(component, make, self._placed.loads_on(component.name), dtype, weights)
+        self._placed.place(component.name, module)
+        return module
+
+    def _plan(self, shapes: ModelShapes, limit: int, text_tokens: int) -> Budget:
+        """Within ``limit``, for an edit of the model's native size."""
+        is_gpu = self._device.type == "cuda"
+        overhead, element = CUDA if is_gpu else CPU, self._dtype.itemsize
+        planner = Planner(shapes, self.precision, overhead, is_gpu, element)
+        native = (shapes.vae.sample_size,) * 2
+        return Budget(limit, planner, Workload(native, (native,), text_tokens=text_tokens))
 
     def _tensor(self, array: Floats) -> Tensor:
         return torch.tensor(array, device=self._device).to(self._dtype)
@@ -236,16 +255,3 @@ def _choose_device(device: str) -> torch.device:
             f"device: expected auto, cpu, or one that torch can use here, found {device} ({reason})"
         ) from None
     return chosen
-
-
-def _choose_precision(precision: str, device: torch.device) -> str:
-    if precision == "auto":
-        if device.type == "cpu":
-            return "fp32"
-        return "bf16" if device.type != "cuda" or torch.cuda.is_bf16_supported(False) else "fp16"
-    if precision not in DTYPES:
-        raise BackendUnavailableError(
-            f"precision: expected auto or one of {', '.join(DTYPES)} for the native backend, "
-            f"found {precision}"
-        )
-    return precision

@@ -18,9 +18,11 @@ from ..bundle import Bundle
 from ..errors import BackendUnavailableError, CheckpointError, KontextError, OutOfMemoryError
 from ..geometry import Size, pack
 from ..images import Pixels
+from ..recipes import RECIPES
 
 _FOLD_LIMIT = 2**30
-"""Weights beyond so many bytes are not cast ahead of time: that would hold them twice."""
+"""Weights beyond so many bytes are not cast ahead of time: that would hold them twice. Quantised
+ones never are: they would be held in four or eight times their size."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +66,20 @@ class OnnxBackend:
         """Open a bundle. device: ``auto``, ``cpu``, ``cuda``; precision: ``auto`` or its own."""
         self.device = _choose_device(device)
         flavour = "cpu" if self.device == "cpu" else "gpu"
+        recipe = bundle.recipe
         self.precision = bundle.precision(flavour)
+        if recipe:  # what a user calls it is how its weights are stored
+            self.precision = RECIPES[recipe].precision
+        self.details: Mapping[str, str] = {"recipe": recipe} if recipe else {}
         if precision not in ("auto", self.precision):
             raise BackendUnavailableError(
                 f"precision: expected {self.precision}, that of the bundle's {flavour} graphs, "
                 f"found {precision}; export the checkpoint anew for another"
             )
         self._open: Callable[[str], Session] = lambda name: Session(
-            bundle.graph(name, flavour), self.device, bundle.weight_bytes(name)
+            bundle.graph(name, flavour),
+            self.device,
+            fold=not recipe and bundle.weight_bytes(name) <= _FOLD_LIMIT,
         )
         self._clip = self._open("clip")
         self._t5 = self._open("t5")
@@ -165,10 +173,11 @@ class OnnxBackend:
 class Session:
     """One graph with its inputs and outputs bound by address."""
 
-    def __init__(self, path: Path, device: str, weight_bytes: int) -> None:
+    def __init__(self, path: Path, device: str, fold: bool) -> None:
+        """Open ``path``. fold: compute what depends on weights alone ahead of time, and hold it."""
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        disabled = ["ConstantFolding"] if weight_bytes > _FOLD_LIMIT else None
+        disabled = None if fold else ["ConstantFolding"]
         self._device = "cuda" if device.startswith("cuda") else "cpu"
         self._id = int(device.partition(":")[2] or 0)
         provider: Any = "CPUExecutionProvider"

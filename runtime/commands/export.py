@@ -23,6 +23,12 @@ def add(commands: "Commands[Parser]", common: Parser) -> None:
     parser.add_argument(
         "--weights", choices=("link", "copy"), default="link", help="hard links, or copies"
     )
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="of `fluxkontext calibrate`; attention of an fp8-static checkpoint is then FP8, too",
+    )
     parser.set_defaults(run=run)
 
 
@@ -34,6 +40,10 @@ def run(args: argparse.Namespace) -> None:
         require(package, "to export", "torch,export")
     checkpoint = find(args.model, given_parts(args))
     write_bundle = import_module("fluxkontext.export.bundle").write_bundle
+    calibration = None
+    if args.calibration is not None:
+        read = import_module("fluxkontext.export.calibration").read_calibration
+        calibration = read(args.calibration)
     progress = not args.json and sys.stderr.isatty()
-    write_bundle(checkpoint, args.output, args.precision, args.weights, progress)
+    write_bundle(checkpoint, args.output, args.precision, args.weights, progress, calibration)
     show({"bundle": str(args.output)}, args.json)

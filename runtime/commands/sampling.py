@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import time
 from pathlib import Path
 
 from .parsing import Parser, add_parts, count, given_parts, size
@@ -24,8 +25,13 @@ def options() -> Parser:
         metavar="WHEN",
         help="large files of a bundle: once, always, never",
     )
-    options.add_argument("--precision", default="auto", help="auto, fp32, bf16 or fp16")
+    options.add_argument("--precision", default="auto", help="auto, fp32, bf16, fp16, fp8, nvfp4")
     options.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    options.add_argument(
+        "--vram-budget",
+        metavar="N",
+        help="what the device may spend, such as 12GiB; what does not fit is streamed (native)",
+    )
     options.add_argument("--steps", type=count, default=28, help="default: %(default)s")
     options.add_argument("--guidance", type=float, default=2.5, help="default: %(default)s")
     options.add_argument("--negative-prompt", help="what to avoid; needs --true-cfg above 1")
@@ -63,14 +69,17 @@ def run(args: argparse.Namespace) -> None:
     images = [read_picture(path) for path in args.images]
     width, height = args.size or (None, None)
 
+    started = time.perf_counter()
     with KontextPipeline.from_pretrained(
         args.model,
         backend=args.backend,
         precision=args.precision,
         device=args.device,
+        vram_budget=args.vram_budget,
         verify=args.verify,
         **given_parts(args),
     ) as pipe:
+        loaded = time.perf_counter() - started
         result = pipe(
             images or None,
             args.prompt,
@@ -93,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
         report = {
             "outputs": [str(output) for output in outputs],
             "settings": result.settings,
-            "timings": result.timings,
+            "timings": {"load": loaded, **result.timings},
         }
         print(json.dumps(report))
     else:

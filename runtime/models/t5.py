@@ -138,12 +138,19 @@ class GatedGelu(nn.Module):
         super().__init__()
         self.wi_0 = nn.Linear(config.d_model, config.d_ff, bias=False)
         self.wi_1 = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.wo = WideLinear(config.d_ff, config.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)
-        out: Tensor = self.wo(hidden.to(self.wo.weight.dtype))
+        out: Tensor = self.wo(hidden)
         return out.to(x.dtype)
+
+
+class WideLinear(nn.Linear):
+    """Computes in the type of its weight, whatever that of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
 
 
 class RMSNorm(nn.Module):

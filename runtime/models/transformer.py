@@ -28,6 +28,7 @@ class Flux(nn.Module):
         super().__init__()
         D = config.hidden_size
         self.config = config
+        self.kernels = kernels
         self.img_in = nn.Linear(config.in_channels, D)
         self.txt_in = nn.Linear(config.context_in_dim, D)
         self.time_in = MLPEmbedder(_TIME_CHANNELS, D)
@@ -39,7 +40,7 @@ class Flux(nn.Module):
         self.single_blocks = nn.ModuleList(
             SingleStreamBlock(config, kernels) for _ in range(config.depth_single_blocks)
         )
-        self.final_layer = LastLayer(config, kernels)
+        self.final_layer = LastLayer(config)
 
     def modulation(self, sigmas: Tensor, guidance: Tensor, pooled: Tensor) -> Tensor:
         """Every shift, scale and gate of every step; 27% of the weights are used here alone.
@@ -84,13 +85,12 @@ class Flux(nn.Module):
             rows = rows[12:]
         x = torch.cat((txt, img), dim=1)
         target = slice(txt.shape[1], txt.shape[1] + latents.shape[1])
+        normed = self.kernels.modulate(x, rows[0], rows[1])
         last = len(self.single_blocks) - 1
         for i, block in enumerate(self.single_blocks):
-            x = block(x, rows[:3], rope, target if i == last else None)
+            x, normed = block(x, normed, rows[2:5], rope, target if i == last else None)
             rows = rows[3:]
-        if last < 0:
-            x = x[:, target]
-        velocity: Tensor = self.final_layer(x, rows)
+        velocity: Tensor = self.final_layer.linear(normed if last >= 0 else normed[:, target])
         return velocity
 
 
@@ -121,14 +121,11 @@ class DoubleStreamBlock(nn.Module):
         q, k, v = (torch.cat(pair, dim=1) for pair in zip(txt_qkv, img_qkv, strict=True))
         txt_att, img_att = ops.attention(q, k, v).tensor_split([text_tokens], dim=1)
 
-        img = ops.gate_residual(img, img_gate, self.img_attn.proj(img_att))
-        txt = ops.gate_residual(txt, txt_gate, self.txt_attn.proj(txt_att))
-        img_ff = self.img_mlp(ops.modulate(img, img_shift2, img_scale2))
-        txt_ff = self.txt_mlp(ops.modulate(txt, txt_shift2, txt_scale2))
-        img = ops.gate_residual(img, img_gate2, img_ff)
-        txt = ops.gate_residual(txt, txt_gate2, txt_ff)
-        if txt.dtype == torch.float16:  # late text activations leave fp16's range (diffusers)
-            txt = txt.clamp(-65504, 65504)
+        img_att, txt_att = self.img_attn.proj(img_att), self.txt_attn.proj(txt_att)
+        img, normed = ops.residual_modulate(img, img_gate, img_att, img_shift2, img_scale2)
+        img = ops.gate_residual(img, img_gate2, self.img_mlp(normed))
+        txt, normed = ops.residual_modulate(txt, txt_gate, txt_att, txt_shift2, txt_scale2)
+        txt = ops.gate_residual(txt, txt_gate2, self.txt_mlp(normed))
         return img, txt
 
 
@@ -146,12 +143,20 @@ class SingleStreamBlock(nn.Module):
         self.modulation = Modulation(D, 3)
 
     def forward(
-        self, x: Tensor, rows: Sequence[Tensor], rope: Tensor, keep: slice | None
-    ) -> Tensor:
-        """``x [B, S + T + C, D]``. keep: the only tokens that are needed after this block, or None
-        for all; keys and values come from all tokens either way."""
-        ops, (shift, scale, gate) = self.kernels, rows
-        normed = ops.modulate(x, shift, scale)
+        self,
+        x: Tensor,
+        normed: Tensor,
+        rows: Sequence[Tensor],
+        rope: Tensor,
+        keep: slice | None,
+    ) -> tuple[Tensor, Tensor]:
+        """``x [B, S + T + C, D]`` and that modulated, to the same for the next block or layer.
+
+        rows: this block's gate, then what modulates the result, the next one's shift and scale.
+        keep: the only tokens that are needed after this block, or None for all; keys and values
+        come from all tokens either way.
+        """
+        ops, (gate, next_shift, next_scale) = self.kernels, rows
         q_rope = rope
         if keep is None:
             q, k, v, up = self.linear1(normed)
@@ -162,9 +167,8 @@ class SingleStreamBlock(nn.Module):
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))
         q = ops.norm_rope(q, self.norm.query_norm.scale, q_rope)
         k = ops.norm_rope(k, self.norm.key_norm.scale, rope)
-        both = torch.cat((ops.attention(q, k, v), ops.gelu(up)), dim=-1)
-        x = ops.gate_residual(x, gate, self.linear2(both))
-        return x.clamp(-65504, 65504) if x.dtype == torch.float16 else x
+        y = self.linear2(ops.gelu_beside(ops.attention(q, k, v), up))
+        return ops.residual_modulate(x, gate, y, next_shift, next_scale)
 
 
 class SelfAttention(nn.Module):
@@ -188,19 +192,13 @@ class SelfAttention(nn.Module):
 
 
 class LastLayer(nn.Module):
-    """Modulated norm and the projection back to latent channels."""
+    """The projection back to latent channels, and the modulation of what it is given."""
 
-    def __init__(self, config: TransformerConfig, kernels: KernelSet) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.kernels = kernels
-        self.linear = nn.Linear(config.hidden_size, config.in_channels)
         D = config.hidden_size
+        self.linear = nn.Linear(D, config.in_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), FusedLinear(D, [D, D]))
-
-    def forward(self, x: Tensor, rows: Sequence[Tensor]) -> Tensor:
-        shift, scale = rows
-        velocity: Tensor = self.linear(self.kernels.modulate(x, shift, scale))
-        return velocity
 
 
 class Modulation(nn.Module):

@@ -27,23 +27,29 @@ class Vae(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        """``[B, 3, H, W]`` in -1..1 to the mean latents ``[B, C, H / 8, W / 8]``."""
-        moments = self._tiled(self.encoder, pixels, 1 / self.config.downscale)
+    def encode(self, pixels: Tensor, tile: int = 0) -> Tensor:
+        """``[B, 3, H, W]`` in -1..1 to the mean latents ``[B, C, H / 8, W / 8]``.
+
+        tile: side in pixels of tiles that save memory; 0 for tiles of large pictures alone.
+        """
+        moments = self._tiled(self.encoder, pixels, 1 / self.config.downscale, tile)
         return moments.chunk(2, dim=1)[0]
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """``[B, C, h, w]`` to pixels ``[B, 3, 8 h, 8 w]`` around -1..1."""
-        return self._tiled(self.decoder, latents, self.config.downscale)
+    def decode(self, latents: Tensor, tile: int = 0) -> Tensor:
+        """``[B, C, h, w]`` to pixels ``[B, 3, 8 h, 8 w]`` around -1..1; tile: as for encode."""
+        return self._tiled(self.decoder, latents, self.config.downscale, tile)
 
-    def _tiled(self, part: Callable[[Tensor], Tensor], x: Tensor, factor: float) -> Tensor:
+    def _tiled(
+        self, part: Callable[[Tensor], Tensor], x: Tensor, factor: float, side: int
+    ) -> Tensor:
         """Apply ``part`` at once, or to large pictures tile by tile.
 
         A tile is the native size; a picture of at most twice that a side is small enough to go
-        whole, which is exact: a tile's norms see only the tile. Blending is that of diffusers.
+        whole, which is exact: a tile's norms see only the tile. With a ``side`` of its own a tile
+        is the limit too. Blending is that of diffusers.
         """
-        tile = int(self.config.sample_size / (self.config.downscale if factor > 1 else 1))
-        if max(x.shape[-2:]) <= 2 * tile:
+        tile = (side or self.config.sample_size) // (self.config.downscale if factor > 1 else 1)
+        if max(x.shape[-2:]) <= (tile if side else 2 * tile):
             return part(x)
         stride = int(tile * (1 - _OVERLAP))
         blend = int(tile * factor * _OVERLAP)

@@ -258,7 +258,11 @@ def test_doctor(run: Run) -> None:
     assert facts["packages"]["torch"] == importlib.metadata.version("torch")
     native = facts["backends"]["native"]
     assert native["available"] is True
-    assert native["devices"][0] == {"device": "cpu", "precisions": ["fp32", "bf16", "fp16"]}
+    device = native["devices"][0]
+    kernels = device.pop("kernels (fp32)")
+    assert device == {"device": "cpu", "precisions": ["fp32", "bf16", "fp16"]}
+    assert kernels["norm_rope"]["complex"] == "passes"
+    assert "need a CUDA device" in kernels["norm_rope"]["triton"]
 
 
 def test_version_and_help(run: Run) -> None:

@@ -232,7 +232,7 @@ def test_limits_of_a_pipeline_are_whole_numbers(small_model: Path, option: str, 
 @pytest.mark.parametrize(
     ("option", "value", "error"),
     [
-        ("precision", "fp8", BackendUnavailableError),
+        ("precision", "fp4", BackendUnavailableError),
         ("precision", "double", BackendUnavailableError),
         ("device", "cuda:99", BackendUnavailableError),
         ("device", "toaster", BackendUnavailableError),
