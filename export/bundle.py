@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,17 +15,22 @@ import onnx_ir as ir
 import torch
 from tqdm import tqdm
 
-from ..kernels import reference
 from ..runtime.about import VERSION
 from ..runtime.bundle import MANIFEST, SCHEMA_VERSION, digest, dump_manifest
 from ..runtime.checkpoint import Checkpoint, Component
-from ..runtime.errors import CheckpointError, InvalidInputError, KontextError
+from ..runtime.errors import InvalidInputError, KontextError
 from ..runtime.schedule import sigmas_for
-from ..runtime.weights import StoredTensor, data_offsets
+from .calibration import Calibration
 from .components import Graph, graphs
-from .onnx_graph import STORED_TYPES, export_graph
+from .functions import graph_ops
+from .onnx_graph import export_graph
+from .quantised_graph import check_exportable
+from .weights import Places
 
 WEIGHTS = ("link", "copy")
+CPU_ONLY = frozenset({"fp8-dynamic"})
+"""Recipes without graphs for GPUs: TensorRT takes no FP8 scale that depends on the input. The
+native backend runs it there; a calibrated one is for engines."""
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
 _FOLDER_FILES = ("model_index.json", "scheduler/scheduler_config.json")
@@ -38,17 +42,26 @@ def write_bundle(
     precision: str = "bf16",
     weights: str = "link",
     progress: bool = False,
+    calibration: Calibration | None = None,
 ) -> None:
     """Export ``checkpoint`` to the folder ``out``, which must not exist; no weight is read.
 
     precision: of the graphs for GPUs, ``fp32``, ``bf16`` or ``fp16``; those for CPUs compute in
-    fp32. weights: ``link`` (hard links; copies where the file system has none) or ``copy``.
+    fp32. Quantised weights stay as they are stored, and their products as the recipe says.
+    weights: ``link`` (hard links; copies where the file system has none) or ``copy``.
+    calibration: with it, attention of an ``fp8-static`` checkpoint is in FP8 on GPUs, too.
     """
     if out.exists():
         raise InvalidInputError(f"{out}: expected a folder that does not exist, found one")
     networks = _networks(checkpoint)
-    for network in networks.values():
-        _check_exportable(network)
+    for part, network in networks.items():
+        check_exportable(part, network.weights)
+    recipe = checkpoint.transformer.weights.recipe
+    if calibration is not None and recipe != "fp8-static":
+        raise InvalidInputError(
+            f"calibration: expected a checkpoint in fp8-static, whose attention it is for, found "
+            f"{recipe or 'one that is not quantised'}; leave it out"
+        )
     building = out.with_name(f".{out.name}-{os.getpid()}")
     building.mkdir(parents=True)
     try:
@@ -56,12 +69,16 @@ def write_bundle(
         for source, place in places.items():  # the checker wants files, and refuses links
             _placeholder(source, building / place)
         precisions = {"cpu": "fp32", "gpu": precision}
+        if recipe in CPU_ONLY:
+            del precisions["gpu"]
         described: dict[str, dict[str, Any]] = {}
-        with tqdm(total=12, desc="graphs", disable=not progress) as bar:
+        with tqdm(total=6 * len(precisions), desc="graphs", disable=not progress) as bar:
             for flavour, kind in precisions.items():
-                for graph in graphs(checkpoint, PRECISIONS[kind], reference()):
+                for graph in graphs(checkpoint, PRECISIONS[kind], graph_ops()):
                     entry = described.setdefault(graph.name, _describe(graph))
-                    entry["graphs"][flavour] = _write_graph(graph, flavour, building, places)
+                    entry["graphs"][flavour] = _write_graph(
+                        graph, flavour, building, places, calibration
+                    )
                     bar.update()
         for source, place in places.items():
             _place(source, building / place, weights)
@@ -78,17 +95,6 @@ def write_bundle(
 def _networks(checkpoint: Checkpoint) -> dict[str, Component[Any]]:
     parts = ("transformer", "vae", "text_encoder", "text_encoder_2")
     return {part: getattr(checkpoint, part) for part in parts}
-
-
-def _check_exportable(network: Component[Any]) -> None:
-    """Graphs refer to stored bytes: these must be plain floats."""
-    kinds = {tensor.dtype for tensor in network.weights.tensors.values()}
-    if network.weights.scales or not kinds <= set(STORED_TYPES):
-        raise CheckpointError(
-            f"{network.name}: expected weights in {', '.join(STORED_TYPES)} to export, found "
-            f"{', '.join(sorted(kinds - set(STORED_TYPES))) or 'scaled weights'}; "
-            "export the checkpoint that they were quantised from"
-        )
 
 
 def _places(networks: Mapping[str, Component[Any]]) -> dict[Path, PurePosixPath]:
@@ -121,15 +127,11 @@ def _place(source: Path, place: Path, weights: str) -> None:
 
 
 def _write_graph(
-    graph: Graph, flavour: str, folder: Path, places: Mapping[Path, PurePosixPath]
+    graph: Graph, flavour: str, folder: Path, places: Places, calibration: Calibration | None
 ) -> str:
     """Export one graph, check it, and return its file name."""
-    offsets = cache(data_offsets)
-
-    def place(tensor: StoredTensor) -> PurePosixPath:
-        return places[tensor.file]
-
-    model = export_graph(graph, place, lambda tensor: offsets(tensor.file)[tensor.key])
+    attention = calibration if (graph.name, flavour) == ("transformer", "gpu") else None
+    model = export_graph(graph, flavour, places, attention)
     name = f"{graph.name}.{flavour}.onnx"
     ir.save(model, folder / name)
     try:
@@ -189,6 +191,7 @@ def _manifest(
         "software": f"fluxkontext {VERSION}",
         "model": checkpoint.name,
         "precision": dict(precisions),
+        "recipe": checkpoint.transformer.weights.recipe,
         "components": dict(described),
         "vae": asdict(checkpoint.vae.config),
         "scheduler": asdict(config),

@@ -32,7 +32,7 @@ _DTYPES = {
 _EXAMPLE = {
     "batch": 2,
     "steps": 3,
-    "clip_tokens": 77,
+    "clip_tokens": 11,
     "text_tokens": 5,
     "target_tokens": 12,
     "context_tokens": 7,

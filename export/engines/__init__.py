@@ -1,0 +1,1 @@
+"""Engines: compiled from the graphs of a bundle, and installed in it."""
