@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..export.configs import model_index_json, network_json, scheduler_json
 from ..kernels import reference
 from ..runtime.config import ClipConfig, T5Config, TransformerConfig, VaeConfig
 from ..runtime.layouts import Locate, Piece, diffusers_transformer, diffusers_vae, identity
@@ -22,6 +23,7 @@ from ..runtime.models.clip import ClipText
 from ..runtime.models.t5 import T5Encoder
 from ..runtime.models.transformer import Flux
 from ..runtime.models.vae import Vae
+from ..runtime.schedule import SchedulerConfig
 
 State = Mapping[str, Tensor]
 """Canonical tensor name -> values."""
@@ -66,16 +68,16 @@ def write_model(
             "diffusion_pytorch_model",
             diffusers_transformer,
             "",
-            _transformer_json(spec.transformer),
+            network_json(spec.transformer),
         ),
         "vae": (
             "diffusion_pytorch_model",
             diffusers_vae(len(spec.vae.block_out_channels)),
             "",
-            _vae_json(spec.vae),
+            network_json(spec.vae),
         ),
-        "text_encoder": ("model", identity, "text_model.", _clip_json(spec.text_encoder)),
-        "text_encoder_2": ("model", identity, "", _t5_json(spec.text_encoder_2)),
+        "text_encoder": ("model", identity, "text_model.", network_json(spec.text_encoder)),
+        "text_encoder_2": ("model", identity, "", network_json(spec.text_encoder_2)),
     }
     for name, (stem, locate, prefix, config) in layouts.items():
         stored = stored_tensors(networks[name], locate, spec.transformer.hidden_size)
@@ -85,9 +87,9 @@ def write_model(
         save_file(tensors, file, metadata={"format": "pt"})
         file.chmod(0o644)  # safetensors writes for its owner only
         write_json(folder / name / "config.json", config)
-    write_json(folder / "scheduler" / "scheduler_config.json", _SCHEDULER)
-    classes = {**_CLASSES, "tokenizer_2": ["transformers", tokenizer_2_class]}
-    write_json(folder / "model_index.json", {"_class_name": "FluxKontextPipeline", **classes})
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler_json(SchedulerConfig()))
+    classes = {"tokenizer_2": ["transformers", tokenizer_2_class]}
+    write_json(folder / "model_index.json", model_index_json(classes))
 
 
 def stored_tensors(state: State, locate: Locate, rows: int) -> dict[str, Tensor]:
@@ -124,100 +126,3 @@ def write_json(file: Path, values: Mapping[str, Any]) -> None:
     """Write a JSON object, with its folder if need be."""
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def _transformer_json(config: TransformerConfig) -> dict[str, Any]:
-    return {
-        "_class_name": "FluxTransformer2DModel",
-        "patch_size": 1,
-        "in_channels": config.in_channels,
-        "num_layers": config.depth,
-        "num_single_layers": config.depth_single_blocks,
-        "attention_head_dim": config.head_dim,
-        "num_attention_heads": config.num_heads,
-        "joint_attention_dim": config.context_in_dim,
-        "pooled_projection_dim": config.vec_in_dim,
-        "guidance_embeds": config.guidance_embed,
-        "axes_dims_rope": list(config.axes_dim),
-    }
-
-
-def _vae_json(config: VaeConfig) -> dict[str, Any]:
-    levels = len(config.block_out_channels)
-    return {
-        "_class_name": "AutoencoderKL",
-        "in_channels": 3,
-        "out_channels": 3,
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "block_out_channels": list(config.block_out_channels),
-        "layers_per_block": config.layers_per_block,
-        "act_fn": "silu",
-        "latent_channels": config.latent_channels,
-        "norm_num_groups": config.norm_num_groups,
-        "sample_size": config.sample_size,
-        "scaling_factor": config.scaling_factor,
-        "shift_factor": config.shift_factor,
-        "force_upcast": config.force_upcast,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-        "mid_block_add_attention": True,
-    }
-
-
-def _clip_json(config: ClipConfig) -> dict[str, Any]:
-    return {
-        "architectures": ["CLIPTextModel"],
-        "model_type": "clip_text_model",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "max_position_embeddings": config.max_position_embeddings,
-        "projection_dim": config.hidden_size,
-        "hidden_act": "quick_gelu",
-        "layer_norm_eps": config.layer_norm_eps,
-        "bos_token_id": 0,
-        "pad_token_id": 1,
-        "eos_token_id": config.eos_token_id,
-    }
-
-
-def _t5_json(config: T5Config) -> dict[str, Any]:
-    return {
-        "architectures": ["T5EncoderModel"],
-        "model_type": "t5",
-        "vocab_size": config.vocab_size,
-        "d_model": config.d_model,
-        "d_kv": config.d_kv,
-        "d_ff": config.d_ff,
-        "num_layers": config.num_layers,
-        "num_heads": config.num_heads,
-        "relative_attention_num_buckets": config.relative_attention_num_buckets,
-        "relative_attention_max_distance": config.relative_attention_max_distance,
-        "layer_norm_epsilon": config.layer_norm_epsilon,
-        "feed_forward_proj": "gated-gelu",
-        "tie_word_embeddings": False,
-    }
-
-
-_SCHEDULER = {
-    "_class_name": "FlowMatchEulerDiscreteScheduler",
-    "num_train_timesteps": 1000,
-    "shift": 3.0,
-    "use_dynamic_shifting": True,
-    "base_shift": 0.5,
-    "max_shift": 1.15,
-    "base_image_seq_len": 256,
-    "max_image_seq_len": 4096,
-}
-_CLASSES = {
-    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "text_encoder_2": ["transformers", "T5EncoderModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "tokenizer_2": ["transformers", "T5TokenizerFast"],
-    "transformer": ["diffusers", "FluxTransformer2DModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}

@@ -47,27 +47,40 @@ TINY = Spec(
 def write_checkpoint(folder: Path, spec: Spec = TINY, seed: int = 0) -> None:
     """Write a diffusers folder of random float32 weights; the folder must not exist."""
     folder.mkdir(parents=True)
+    write_model(folder, spec, random_networks(spec, seed), torch.float32)
+    write_tokenizers(folder, spec.text_length)
+
+
+def write_tokenizers(folder: Path, text_length: int) -> None:
+    """Tokenizers of single characters, for any model that knows a few hundred tokens."""
+    _write_clip_tokenizer(folder / "tokenizer")
+    _write_t5_tokenizer(folder / "tokenizer_2", text_length)
+
+
+def random_networks(spec: Spec, seed: int = 0) -> dict[str, dict[str, Tensor]]:
+    """Random float32 values of all networks by component, under their canonical names."""
     rng = np.random.default_rng(seed)
-    networks = {
+    return {
         component: {
             name: _random(name, tuple(tensor.shape), rng)
             for name, tensor in network.state_dict().items()
         }
         for component, network in meta_networks(spec).items()
     }
-    write_model(folder, spec, networks, torch.float32)
-    _write_clip_tokenizer(folder / "tokenizer")
-    _write_t5_tokenizer(folder / "tokenizer_2", spec)
+
+
+def spread(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    """Mean and standard deviation of a canonical tensor: matrices keep the variance of what they
+    are applied to, scales are near 1, biases near 0."""
+    if len(shape) > 1:
+        fan_in = shape[1] if "shared" in name or "embedding" in name else math.prod(shape[1:])
+        return 0.0, 1 / math.sqrt(fan_in)
+    return (0.0 if name.endswith("bias") else 1.0), 0.1
 
 
 def _random(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Tensor:
-    """Random values of a canonical tensor: matrices keep the variance, scales are near 1."""
-    if len(shape) > 1:
-        fan_in = shape[1] if "shared" in name or "embedding" in name else math.prod(shape[1:])
-        values = rng.standard_normal(shape) / math.sqrt(fan_in)
-    else:
-        values = 0.1 * rng.standard_normal(shape) + (0 if name.endswith("bias") else 1)
-    return torch.from_numpy(values).float()
+    mean, deviation = spread(name, shape)
+    return torch.from_numpy(mean + deviation * rng.standard_normal(shape)).float()
 
 
 def _write_clip_tokenizer(folder: Path) -> None:
@@ -92,7 +105,7 @@ def _write_clip_tokenizer(folder: Path) -> None:
     )
 
 
-def _write_t5_tokenizer(folder: Path, spec: Spec) -> None:
+def _write_t5_tokenizer(folder: Path, text_length: int) -> None:
     """A unigram model whose pieces are single printable characters."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
@@ -111,7 +124,7 @@ def _write_t5_tokenizer(folder: Path, spec: Spec) -> None:
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "T5TokenizerFast",
-            "model_max_length": spec.text_length,
+            "model_max_length": text_length,
             "eos_token": "</s>",
             "unk_token": "<unk>",
             "pad_token": "<pad>",

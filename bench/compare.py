@@ -1,0 +1,250 @@
+"""``fluxkontext bench compare``: the same edit, by us and by others, interleaved in one run.
+
+The weights, the noise, the threads, the steps and the tokens are the same, which is counted, and
+the pictures are compared. Nothing is remembered between calls but in the row that says so.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..runtime import KontextPipeline
+from ..runtime.commands.parsing import Parser, count
+from ..runtime.errors import InvalidInputError, KontextError
+from .ceilings import measured as ceilings_of
+from .cold import cold_rounds
+from .contestants import MEMO, NAMES, ONNX, OURS, Contestant, agreement, ours, peer, same_work
+from .document import Json, distribution, document, result, warning
+from .environment import environment, git_state, git_warnings, reader_of
+from .measure import OtherLoad, interleaved, sample_warnings, throughput
+from .models import Model, opened
+from .nvml import state_warnings
+from .options import add_effort, common, deliver, effort_of, several, whole
+from .peers import PEERS
+from .ratio import CONFIDENCE, ratio_of_medians
+from .roofline import refuse_impossible
+from .scenarios import SUITE, Work, works
+from .tables import latency_table
+
+LEVELS = 1
+"""Between pictures in fp32: another order of summation rounds a value differently, no more."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    args = _parser().parse_args(argv)
+    load = OtherLoad()
+    with opened(args.model) as model, ExitStack() as stack:
+        base, pipe = stack.enter_context(
+            ours(OURS, model.path, args.backend, args.precision, args.device)
+        )
+        (work,) = works([args.scenario], pipe.grid, [args.steps], [1])
+        if len(work.contexts) != 1:
+            raise InvalidInputError(
+                f"scenario: expected one with one picture, found {work.scenario}"
+            )
+        present, absent = _others(args, model, base, pipe, stack)
+        everyone = [base, *present]
+        ceilings = ceilings_of(base.device)
+        counts, agreements = _counted(work, everyone)
+        taken, readings = _warm(work, everyone, args)
+        starts = _cold(work, everyone, args.cold) if args.cold else {}
+        parameters = work.parameters(pipe)
+        doubts = [*model.warnings, *state_warnings(readings, None)]
+        rows = []
+        for one in everyone:
+            name, done, samples = _label(work, one), counts[one.name], taken[one.name]
+            if done["flop"]:
+                refuse_impossible(name, done["flop"], min(samples), ceilings)
+            rows.append(
+                result(
+                    name,
+                    work.scenario,
+                    _as(parameters, one),
+                    warmup=args.warmup,
+                    latency=distribution(samples),
+                    throughput=throughput(len(samples), sum(samples)),
+                    work=done,
+                    cold=starts.get(one.name),
+                    details=dict(one.details),
+                )
+            )
+            doubts += sample_warnings(samples, name)
+        for name, reason in absent.items():
+            missing = {**parameters, "implementation": name, "backend": "torch"}
+            rows.append(result(f"{work.name}, {name}", work.scenario, missing, reason=reason))
+            doubts.append(warning("not_installed", f"{name}: {reason}"))
+    comparisons = [
+        _comparison(work, (base, one), "warm", (taken[base.name], taken[one.name]), agreed)
+        for one, agreed in zip(present, agreements, strict=True)
+    ]
+    for one in present:
+        if one.name in starts:
+            pair = (_first_pictures(starts, base), _first_pictures(starts, one))
+            comparisons.append(_comparison(work, (base, one), "cold", pair, None))
+    git = git_state()
+    found = document(
+        "compare",
+        SUITE,
+        git=git,
+        command=["fluxkontext", "bench", "compare", *(sys.argv[1:] if argv is None else argv)],
+        model=model.facts,
+        environment=environment(base.device, *(readings or (None, None))),
+        warnings=[*git_warnings(git), *doubts, *load.warnings()],
+        results=rows,
+        comparisons=comparisons,
+        ceilings=ceilings,
+    )
+    deliver(found, args, latency_table(found))
+    return 0
+
+
+def _others(
+    args: argparse.Namespace,
+    model: Model,
+    base: Contestant,
+    pipe: KontextPipeline,
+    stack: ExitStack,
+) -> tuple[list[Contestant], dict[str, str]]:
+    """Those that are asked for and can run, and why the rest cannot."""
+    if unknown := [name for name in args.peers if name not in NAMES]:
+        raise InvalidInputError(f"peers: expected some of {', '.join(NAMES)}, found {unknown[0]}")
+    present: list[Contestant] = []
+    absent: dict[str, str] = {}
+    for name in args.peers:
+        if name == MEMO:
+            again = ours(name, model.path, base.backend, base.precision, base.device)
+            present.append(stack.enter_context(again)[0])
+        elif name == ONNX:
+            if args.bundle is None:
+                raise InvalidInputError(f"{ONNX}: expected --bundle, found none; export one first")
+            graphs = ours(name, args.bundle, "onnx", "auto", base.device)
+            present.append(stack.enter_context(graphs)[0])
+        elif reason := PEERS[name].missing():
+            absent[name] = reason
+        else:
+            length = pipe.tokenizer_2.model_max_length
+            present.append(peer(PEERS[name], model, base.device, length))
+    return present, absent
+
+
+def _counted(work: Work, contestants: Sequence[Contestant]) -> tuple[dict[str, Json], list[Json]]:
+    """The work of each, and how its picture agrees with the first one's. Raises KontextError for
+    one that does something else."""
+    base, *others = contestants
+    picture, done = base.counted(work)
+    counts, agreements = {base.name: done}, []
+    for one in others:
+        theirs, counts[one.name] = one.counted(work)
+        agreements.append(agreement(picture, theirs))
+        levels = agreements[-1]["max_levels"]
+        problem = same_work(done, counts[one.name], (base.name, one.name)) if one.exact else None
+        if one.exact and one.precision == base.precision == "fp32" and levels > LEVELS:
+            problem = f"pictures that differ by {levels} levels"
+        if problem:
+            raise KontextError(f"{one.name}: expected the same work as ours, found {problem}")
+    return counts, agreements
+
+
+def _warm(
+    work: Work, contestants: Sequence[Contestant], args: argparse.Namespace
+) -> tuple[dict[str, list[float]], list[Json | None]]:
+    """Samples of each in rounds A B, B A ..., and the GPU's states around them."""
+    effort, reader = effort_of(args), reader_of(contestants[0].device)
+    readings: list[Json | None] = []
+    total = effort.rounds and effort.rounds * len(contestants)
+    with tqdm(total=total, disable=True if args.quiet else None, unit="edit", leave=False) as bar:
+
+        def read() -> None:
+            if reader:
+                readings.append(reader.state())
+
+        taken = interleaved(
+            {one.name: lambda one=one: one.edit(work) for one in contestants},  # type: ignore[misc]
+            effort,
+            warmed=read,
+            after=lambda *_: bar.update(),
+        )
+        read()
+    return taken, readings
+
+
+def _cold(work: Work, contestants: Sequence[Contestant], rounds: int) -> dict[str, Json]:
+    """New processes of each that can be one, interleaved."""
+    with tempfile.TemporaryDirectory(prefix="fluxkontext-") as folder:
+        commands = {
+            one.name: one.first(work, Path(folder)) for one in contestants if one.first is not None
+        }
+        return cold_rounds(commands, rounds)
+
+
+def _first_pictures(starts: Mapping[str, Json], one: Contestant) -> list[float]:
+    values: list[float] = starts[one.name]["process_start_to_picture"]["values"]
+    return values
+
+
+def _comparison(
+    work: Work,
+    pair: tuple[Contestant, Contestant],
+    what: str,
+    taken: tuple[Sequence[float], Sequence[float]],
+    agreed: Json | None,
+) -> Json:
+    ratio, interval = ratio_of_medians(*taken)
+    return {
+        "scenario": work.scenario,
+        "base": _label(work, pair[0]),
+        "other": _label(work, pair[1]),
+        "what": what,
+        "ratio": ratio,
+        "interval": interval,
+        "confidence": CONFIDENCE,
+        "agreement": agreed,
+    }
+
+
+def _label(work: Work, one: Contestant) -> str:
+    return f"{work.name}, {one.name} {one.precision}"
+
+
+def _as(parameters: Json, one: Contestant) -> Json:
+    """The parameters of the work when another does it."""
+    return {
+        **parameters,
+        "implementation": one.name,
+        "precision": one.precision,
+        "backend": one.backend,
+        "device": one.device,
+    }
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="fluxkontext bench compare",
+        description="The same edit by us and by others.",
+        parents=[common()],
+    )
+    parser.add_argument("--scenario", default="edit", help="edit or wide-edit")
+    parser.add_argument("--steps", type=count, default=28, help="default: %(default)s")
+    parser.add_argument("--precision", default="auto", help="ours; auto is fp32 on a CPU")
+    parser.add_argument(
+        "--peers",
+        type=several,
+        default=[MEMO, *PEERS],
+        help=f"with commas, of {', '.join(NAMES)}; default: all but {ONNX}",
+    )
+    parser.add_argument("--bundle", type=Path, help=f"the model exported, for {ONNX}")
+    parser.add_argument(
+        "--cold", type=whole, default=3, metavar="N", help="new processes; default: %(default)s"
+    )
+    add_effort(parser, rounds=15, minutes=3)
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,240 @@
+"""``fluxkontext bench gpu``: one command that rates a GPU, at full size, without any weights.
+
+A fixed suite of scenarios in every precision of a ladder, the device's measured ceilings and how
+near to them the steps come, and a sustained run that shows whether the device holds its clocks.
+"""
+
+import argparse
+import gc
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from tqdm import tqdm
+
+from ..runtime import KontextPipeline
+from ..runtime.commands.parsing import Parser
+from ..runtime.errors import BackendUnavailableError, KontextError, OutOfMemoryError
+from ..runtime.geometry import Grid
+from .ceilings import measured as ceilings_of
+from .document import Json, distribution, document, result, warning
+from .drawn import MODELS, Drawn
+from .edit import label, measure
+from .environment import environment, git_state, git_warnings, reader_of
+from .measure import OtherLoad, sample_warnings, throughput
+from .models import shapes_of
+from .nvml import state_warnings
+from .options import add_effort, common, deliver, effort_of, several, whole
+from .roofline import refuse_impossible, roofline, step_cost
+from .scenarios import Work, works
+from .tables import latency_table
+
+SUITE = ("gpu", 1)
+"""Name and version of :data:`_WORKS` and the model's shapes; what changes a figure raises it."""
+_WORKS = (
+    ("text-to-image", 28, 1),
+    ("edit", 28, 1),
+    ("edit", 8, 1),
+    ("two-contexts", 28, 1),
+    ("edit", 28, 4),
+)
+"""Scenario, steps and batch."""
+_HEADLINE = 1
+_LADDER = {"cuda": ["bf16", "fp8", "nvfp4"], "cpu": ["fp32", "bf16"]}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    args = _parser().parse_args(argv)
+    device, model = _device(args.device), MODELS[args.spec]
+    ladder = args.precision or _LADDER[device.partition(":")[0]]
+    others = OtherLoad()
+    ceilings = ceilings_of(device)
+    rows: list[Json] = []
+    doubts = [warning("synthetic_weights", "random weights: the pictures are noise")]
+    for precision in ladder:
+        for row, found in _rung(model, precision, device, args, len(ladder)):
+            rows.append(_with_roofline(model, row, ceilings))
+            doubts += found
+    best = _best(rows)
+    if best and args.sustain:
+        row, found = _sustained(model, best["parameters"]["precision"], device, args)
+        rows.append(row)
+        doubts += found
+    git = git_state()
+    states = [row["devices"] for row in rows if row["devices"]]
+    around = (states[0]["before"], states[-1]["after"]) if states else (None, None)
+    text = document(
+        "gpu",
+        SUITE,
+        git=git,
+        command=["fluxkontext", "bench", "gpu", *(sys.argv[1:] if argv is None else argv)],
+        model=model.facts(),
+        environment=environment(device, *around),
+        warnings=[*git_warnings(git), *doubts, *others.warnings()],
+        results=rows,
+        ceilings=ceilings,
+        headline=best and headline(best),
+    )
+    deliver(text, args, latency_table(text))
+    return 0
+
+
+def headline(row: Json) -> Json:
+    """The figures to quote of a result, as the schema's ``headline``."""
+    memory, energy = row["memory"].get("total", {}), row["energy"]
+    seconds = row["latency"]["p50"] / row["parameters"]["batch"]
+    return {
+        "result": row["name"],
+        "s_per_edit": seconds,
+        "edits_per_min": 60 / seconds,
+        "j_per_edit": energy["total"] / row["parameters"]["batch"] if energy else None,
+        "peak_vram": memory.get("max_process_vram") or memory.get("max_reserved"),
+    }
+
+
+def _device(asked: str) -> str:
+    if asked == "auto":
+        if not torch.cuda.is_available():
+            raise BackendUnavailableError(
+                "bench gpu: expected an NVIDIA GPU and a torch built for CUDA, found none; "
+                "--spec mini --device cpu tries the same code on a small model"
+            )
+        return f"cuda:{torch.cuda.current_device()}"
+    if asked.startswith("cuda") and not torch.cuda.is_available():
+        raise BackendUnavailableError(f"device: expected one that is there, found {asked}")
+    return asked
+
+
+def _works(grid: Grid) -> list[Work]:
+    return [works([name], grid, [steps], [batch])[0] for name, steps, batch in _WORKS]
+
+
+def _rung(
+    model: Drawn, precision: str, device: str, args: argparse.Namespace, rungs: int
+) -> Iterator[tuple[Json, list[Json]]]:
+    """The suite in one precision; what does not fit, or cannot run here, is a row that says so."""
+    vae = model.spec.vae
+    todo = _works(Grid(2 * vae.downscale, vae.sample_size))
+    effort = effort_of(args)
+    seconds = effort.seconds and effort.seconds / rungs / len(todo)
+    disabled = True if args.quiet else None
+    try:
+        with _loaded(model, precision, device) as pipe:
+            for work in todo:
+                with tqdm(disable=disabled, desc=label(work, pipe), leave=False) as bar:
+                    limits = replace(effort, seconds=seconds)
+                    try:
+                        row = measure(pipe, work, limits, bar, shapes_of(model.spec))
+                    except OutOfMemoryError as error:
+                        row = _skipped(model, work, precision, device, error), []
+                yield row
+    except (BackendUnavailableError, OutOfMemoryError) as error:
+        for work in todo:
+            yield _skipped(model, work, precision, device, error), []
+
+
+def _skipped(model: Drawn, work: Work, precision: str, device: str, error: KontextError) -> Json:
+    vae = model.spec.vae
+    grid = Grid(2 * vae.downscale, vae.sample_size)
+    parameters = {
+        **work.shape(grid, model.spec.text_length),
+        "precision": precision,
+        "backend": "native",
+        "device": device,
+        "implementation": "fluxkontext",
+    }
+    name = f"{work.name}, native {precision}"
+    return result(name, work.scenario, parameters, reason=str(error))
+
+
+@contextmanager
+def _loaded(model: Drawn, precision: str, device: str) -> Iterator[KontextPipeline]:
+    """For this block; its memory is given back, or the next precision would not fit."""
+    with model.pipeline(precision, device) as pipe:
+        yield pipe
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+
+
+def _with_roofline(model: Drawn, row: Json, ceilings: Json) -> Json:
+    """The row with the floor of its steps. Raises KontextError if it is faster than can be."""
+    if row["latency"] is None:
+        return row
+    parameters = row["parameters"]
+    precision = parameters["precision"]
+    cost = step_cost(model.spec.transformer, parameters["tokens"], parameters["batch"], precision)
+    step = row["step"]["p50"]
+    refuse_impossible(row["name"], cost.flop, step, ceilings)
+    return {**row, "roofline": roofline(cost, precision, ceilings, step)}
+
+
+def _best(rows: Sequence[Json]) -> Json | None:
+    """The fastest row of the headline's work; None if none was measured."""
+    scenario, steps, batch = _WORKS[_HEADLINE]
+    those = [
+        row
+        for row in rows
+        if row["latency"]
+        and (row["scenario"], row["parameters"]["steps"], row["parameters"]["batch"])
+        == (scenario, steps, batch)
+    ]
+    return min(those, key=lambda row: float(row["latency"]["p50"]), default=None)
+
+
+def _sustained(
+    model: Drawn, precision: str, device: str, args: argparse.Namespace
+) -> tuple[Json, list[Json]]:
+    """The headline's work again and again for ``--sustain`` seconds, with the GPU's state after
+    every call."""
+    reader = reader_of(device)
+    series: list[Json] = []
+    with _loaded(model, precision, device) as pipe:
+        work = _works(pipe.grid)[_HEADLINE]
+        name, arguments = f"sustained {label(work, pipe)}", work.arguments()
+        pipe(**arguments)
+        since = time.perf_counter()
+        with tqdm(disable=True if args.quiet else None, desc=name, leave=False) as bar:
+            while (start := time.perf_counter()) - since < args.sustain or not series:
+                pipe(**arguments)
+                now = time.perf_counter()
+                state = reader.state() if reader else None
+                series.append({"t": now - since, "latency": now - start, "state": state})
+                bar.update()
+        parameters = work.parameters(pipe)
+    taken = [entry["latency"] for entry in series]
+    states = [entry["state"] for entry in series]
+    row = result(
+        name,
+        work.scenario,
+        parameters,
+        warmup=1,
+        latency=distribution(taken),
+        throughput=throughput(work.batch * len(taken), sum(taken)),
+        devices={"before": states[0], "after": states[-1]} if reader else None,
+        series=series,
+    )
+    return row, [*sample_warnings(taken, name), *state_warnings(states, name)]
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="fluxkontext bench gpu",
+        description="Rates a GPU with the full-size model's shapes and random weights.",
+        parents=[common(model=False)],
+    )
+    parser.add_argument("--spec", choices=list(MODELS), default="full", help="default: full")
+    parser.add_argument("--precision", type=several, help="default: bf16,fp8,nvfp4")
+    parser.add_argument(
+        "--sustain", type=whole, default=60, metavar="SECONDS", help="default: %(default)s"
+    )
+    add_effort(parser, rounds=10, minutes=10)
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""Documents of benchmarks for readers: one HTML page, or Markdown."""

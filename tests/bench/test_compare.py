@@ -1,0 +1,125 @@
+"""Comparisons: equal work on both sides, counted; anything else is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fluxkontext.bench import compare
+from fluxkontext.bench.contestants import MEMO, ONNX, OURS, Contestant, agreement, same_work
+from fluxkontext.bench.document import read
+from fluxkontext.bench.peers import PEERS, Peer
+from fluxkontext.bench.scenarios import Work
+from fluxkontext.runtime.errors import InvalidInputError, KontextError
+
+WORK = Work("edit", (64, 64), ((64, 64),), 2)
+
+
+@pytest.fixture(scope="module")
+def document(
+    small_model: Path,
+    small_bundle: Path,
+    namespace_env: dict[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("compare")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", namespace_env["PYTHONPATH"])
+        patch.chdir(folder)
+        patch.setitem(PEERS, "absent", Peer("absent", needs=("no_such_package",)))
+        patch.setattr(compare, "NAMES", (*compare.NAMES, "absent"))
+        options = ["--model", str(small_model), "--steps", "2", "--rounds", "4", "--warmup", "1"]
+        options += ["--peers", f"{MEMO},{ONNX},diffusers,diffusers-bf16,absent", "--cold", "1"]
+        options += ["--bundle", str(small_bundle)]
+        assert compare.main([*options, "--out", str(folder / "compare.json")]) == 0
+    return read(folder / "compare.json")
+
+
+def test_all_do_the_same_work(document: dict[str, Any]) -> None:
+    rows = {row["parameters"]["implementation"]: row for row in document["results"]}
+    assert list(rows) == [OURS, MEMO, ONNX, "diffusers", "diffusers-bf16", "absent"]
+    works = {name: row["work"] for name, row in rows.items() if row["work"]}
+    assert {work["forwards"] for work in works.values()} == {2}
+    assert len({work["tokens"] for work in works.values()}) == 1
+    assert works[OURS]["tokens"] == sum(rows[OURS]["parameters"]["tokens"].values())
+    # ours leaves out what no pixel needs, and computes the conditioning of all steps at once
+    assert 0.7 < works[OURS]["flop"] / works["diffusers"]["flop"] <= 1.01
+    assert {row["latency"]["count"] for row in rows.values() if row["latency"]} == {4}
+
+
+def test_outputs_agree(document: dict[str, Any]) -> None:
+    warm = {c["other"].split(", ")[-1]: c for c in document["comparisons"] if c["what"] == "warm"}
+    assert warm["diffusers fp32"]["agreement"]["max_levels"] <= 1
+    assert warm[f"{ONNX} fp32"]["agreement"]["max_levels"] <= 1
+    assert warm[f"{MEMO} fp32"]["agreement"] == {"max_levels": 0, "psnr_db": None}
+    assert warm["diffusers-bf16 bf16"]["agreement"]["psnr_db"] > 10
+    for found in warm.values():
+        assert found["interval"][0] <= found["ratio"] <= found["interval"][1]
+
+
+def test_ratios_are_of_the_medians(document: dict[str, Any]) -> None:
+    rows = {row["name"]: row for row in document["results"]}
+    for found in document["comparisons"]:
+        base, other = rows[found["base"]], rows[found["other"]]
+        key = "process_start_to_picture"
+        if found["what"] == "warm":
+            ratio = other["latency"]["p50"] / base["latency"]["p50"]
+        else:
+            ratio = other["cold"][key]["p50"] / base["cold"][key]["p50"]
+        assert found["ratio"] == pytest.approx(ratio)
+
+
+def test_new_processes_are_compared_too(document: dict[str, Any]) -> None:
+    cold = [c["other"].split(", ")[-1] for c in document["comparisons"] if c["what"] == "cold"]
+    assert cold == [f"{ONNX} fp32", "diffusers fp32", "diffusers-bf16 bf16"]
+
+
+def test_who_is_not_there_is_a_row_that_says_so(document: dict[str, Any]) -> None:
+    row = document["results"][-1]
+    assert row["status"] == "skipped"
+    assert row["reason"] == "not installed: no_such_package"
+    assert "not_installed" in {w["kind"] for w in document["warnings"]}
+
+
+def contestant(name: str, forwards: int = 2, tokens: int = 96, level: int = 100) -> Contestant:
+    """Says that it did so much, and gives a grey picture."""
+    picture = np.full((64, 64, 3), level, np.uint8)
+    done = {"forwards": forwards, "tokens": tokens, "flop": None}
+    return Contestant(name, "fp32", "x", "cpu", lambda _: picture, lambda _: (picture, done))
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (contestant("lazy", forwards=1), "lazy: .*found forwards: ours 2, lazy 1"),
+        (contestant("short", tokens=64), "short: .*found tokens: ours 96, short 64"),
+        (contestant("wrong", level=110), "wrong: .*pictures that differ by 10 levels"),
+    ],
+)
+def test_other_work_is_refused(other: Contestant, words: str) -> None:
+    with pytest.raises(KontextError, match=words):
+        compare._counted(WORK, [contestant("ours"), other])
+
+
+def test_the_same_work_is_not() -> None:
+    counts, agreements = compare._counted(WORK, [contestant("ours"), contestant("x", level=101)])
+    assert list(counts) == ["ours", "x"]
+    assert agreements[0]["max_levels"] == 1
+    assert same_work(counts["ours"], counts["x"], ("ours", "x")) is None
+
+
+def test_agreement_is_psnr() -> None:
+    a = np.zeros((8, 8, 3), np.uint8)
+    assert agreement(a, a + 255)["psnr_db"] == pytest.approx(0.0)
+    assert agreement(a, a + 1) == {"max_levels": 1, "psnr_db": pytest.approx(48.13, abs=0.01)}
+
+
+def test_what_cannot_be_compared(small_model: Path) -> None:
+    options = ["--model", str(small_model), "--steps", "1"]
+    with pytest.raises(InvalidInputError, match="found photoshop"):
+        compare.main([*options, "--peers", "photoshop"])
+    with pytest.raises(InvalidInputError, match="expected --bundle"):
+        compare.main([*options, "--peers", ONNX])
+    with pytest.raises(InvalidInputError, match="found two-contexts"):
+        compare.main([*options, "--scenario", "two-contexts"])
