@@ -20,6 +20,13 @@ CORE = [
     "tqdm>=4.66,<5",
 ]
 
+# The frontends of these wheels only re-export the bindings, and have to be built.
+TENSORRT_RTX = [
+    "tensorrt-rtx-cu13-libs>=1.7,<1.8",
+    "tensorrt-rtx-cu13-bindings>=1.7,<1.8",
+    "cuda-bindings>=13,<14",
+]
+
 EXTRAS = {
     # These two wheels hold the same module and overwrite each other: never install both.
     "cpu": [
@@ -28,6 +35,12 @@ EXTRAS = {
     "gpu": [
         "onnxruntime-gpu[cuda,cudnn]>=1.22,<2",
     ],
+    "tensorrt": [
+        "tensorrt-cu13-libs>=11.4,<11.5",
+        "tensorrt-cu13-bindings>=11.4,<11.5",
+        "cuda-bindings>=13,<14",
+    ],
+    "tensorrt-rtx": TENSORRT_RTX,
     "torch": [
         "torch>=2.11,<2.14",
         "triton>=3.6,<3.8; sys_platform == 'linux'"
@@ -39,20 +52,34 @@ EXTRAS = {
         "onnx-ir>=1,<2",
         "ml-dtypes>=0.5,<1",
     ],
+    "bench": [
+        "jsonschema>=4.23,<5",
+        "matplotlib>=3.10,<4",
+        "nvidia-ml-py>=12.575",
+        "pytest-benchmark>=5.1,<6",
+    ],
     # diffusers and transformers are peers that results are compared with: nothing shipped imports
-    # them. Formatter and type checker keep to one minor version, so that their verdict is stable.
+    # them. TensorRT-RTX's compiler needs no GPU, and so builds real engines. Formatter and type
+    # checker keep to one minor version, so that their verdict is stable.
     "test": [
         "build>=1.2,<2",
         "diffusers>=0.42,<0.43",
         "hypothesis>=6.130,<7",
+        "jsonschema>=4.23,<5",
+        "matplotlib>=3.10,<4",
         "mypy>=2.4,<2.5",
         "pytest>=9,<10",
+        "pytest-benchmark>=5.1,<6",
         "ruff>=0.17,<0.18",
         "transformers>=5.20,<6",
+        *(f"{it}; sys_platform == 'linux' and platform_machine == 'x86_64'" for it in TENSORRT_RTX),
     ],
 }
 
 PACKAGE_DATA = {f"fluxkontext.{root}": ["py.typed"] for root in ROOTS}
+PACKAGE_DATA["fluxkontext.bench"].append("document.schema.json")
+PACKAGE_DATA["fluxkontext.export"].append("manifest.schema.json")
+PACKAGE_DATA["fluxkontext.bench.report"] = ["style.css"]
 
 setup(
     name="fluxkontext",
