@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 
 from ..kernels.attention import Rotation, launch_attention, launch_attention_fp8
-from ..kernels.attention_inputs import Fp8Inputs, launch_attention_inputs
+from ..kernels.attention_inputs import (
+    Fp8Inputs,
+    launch_attention_inputs,
+    launch_quantize_attention,
+)
 from ..kernels.chips import Chip
 from ..kernels.gate_residual import launch_gate_residual
-from ..kernels.gelu import launch_gelu
+from ..kernels.gelu import launch_gelu, launch_gelu_beside_rows
 from ..kernels.group_norm import launch_group_norm, moments_shape
 from ..kernels.launch import Launch
 from ..kernels.linear_fp8 import launch_linear_fp8
@@ -98,6 +102,9 @@ def _feed_forward(chip: Chip) -> Cases:
             out8, row_scale = out.to(FP8), empty(TOKENS, 1, dtype=FP32)
             scale = empty(1, dtype=FP32)
             yield f"gelu {name} rows", launch_gelu(out8, x, row_scale)
+            beside8 = empty(TOKENS, WIDTH + MLP, dtype=FP8)
+            left = empty(TOKENS, WIDTH, dtype=dtype)
+            yield f"gelu {name} beside rows", launch_gelu_beside_rows(beside8, row_scale, left, x)
             yield f"gelu {name} static", launch_gelu(out8, x, scale=scale)
             yield f"quantize_rows {name}", launch_quantize_rows(out8, row_scale, out)
 
@@ -116,6 +123,10 @@ def _attention(chip: Chip) -> Cases:
             yield (
                 f"attention_inputs bf16 d{dim}",
                 launch_attention_inputs(inputs, qkv, scales, TEXT_TOKENS, rope),
+            )
+            yield (
+                f"attention_inputs bf16 d{dim} rotated",
+                launch_quantize_attention(inputs, q, k, v),
             )
             yield f"attention fp8 d{dim}", launch_attention_fp8(out, inputs, chip)
 

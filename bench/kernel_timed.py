@@ -19,10 +19,16 @@ from ..kernels.attention_inputs import (
     Fp8Inputs,
     attention_inputs_ref,
     launch_attention_inputs,
+    launch_quantize_attention,
 )
 from ..kernels.chips import Chip
 from ..kernels.gate_residual import gate_residual_ref, launch_gate_residual
-from ..kernels.gelu import gelu_ref, launch_gelu
+from ..kernels.gelu import (
+    gelu_beside_rows_ref,
+    gelu_ref,
+    launch_gelu,
+    launch_gelu_beside_rows,
+)
 from ..kernels.group_norm import group_norm_silu_ref, launch_group_norm, moments_shape
 from ..kernels.launch import Launch
 from ..kernels.linear_fp8 import launch_linear_fp8
@@ -143,6 +149,14 @@ def _elementwise(chip: Chip) -> Iterator[Timed]:
             "reference": lambda: quantize_rows_ref(gelu_ref(up)),
         },
     )  # fmt: skip
+    left, beside8 = randn(TOKENS, WIDTH), torch.empty(TOKENS, WIDTH + MLP).to(FP8)
+    yield Timed(
+        "gelu beside quantize", size(left, up, beside8), 0, "bf16",
+        {
+            "triton": launch_gelu_beside_rows(beside8, row_scale[0], left, up),
+            "reference": lambda: gelu_beside_rows_ref(left, up),
+        },
+    )  # fmt: skip
     yield Timed(
         "quantize_rows", size(x, out8), 0, "bf16",
         {
@@ -202,6 +216,7 @@ def _attention(chip: Chip, dim: int) -> Iterator[Timed]:
         return
     inputs = Fp8Inputs.empty(1, TOKENS, WIDTH // dim, dim, rope.device)
     quantize = launch_attention_inputs(inputs, qkv, scales, TEXT_TOKENS, rope)
+    plain_quantize = launch_quantize_attention(inputs, q, k, v)
     product = launch_attention_fp8(out, inputs, chip)
     yield Timed(
         f"attention_inputs d{dim}", size(qkv) * 3 // 2, 0, "bf16",
@@ -213,7 +228,11 @@ def _attention(chip: Chip, dim: int) -> Iterator[Timed]:
     quantize()
     yield Timed(
         f"attention fp8 d{dim}", size(qkv) // 2 + size(out), flops, "fp8",
-        {"triton": product, "triton, inputs before": in_turn(quantize, product)},
+        {
+            "triton": product,
+            "triton, inputs before": in_turn(quantize, product),
+            "triton, norm_rope and inputs before": in_turn(prologue, plain_quantize, product),
+        },
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """The fused operations of the model: torch references and, beside them, their Triton kernels."""
 
-from .kernel_set import KernelSet, reference, select
+from .candidates import select
+from .kernel_set import Before, KernelSet, reference
 from .proof import proven
 
-__all__ = ["KernelSet", "proven", "reference", "select"]
+__all__ = ["Before", "KernelSet", "proven", "reference", "select"]

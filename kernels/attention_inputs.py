@@ -1,4 +1,5 @@
-"""FP8 inputs of attention: queries and keys normed and rotated, all three quantised, in one pass.
+"""FP8 inputs of attention: queries, keys and values quantised, the first two after their norm and
+rotation or as they come, in one pass.
 
 A scale belongs to one head's block of 128 tokens. Values are written with their tokens side by
 side, as FP8 matrix instructions want the second factor of ``weights @ values``.
@@ -6,6 +7,7 @@ side, as FP8 matrix instructions want the second factor of ``weights @ values``.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -28,7 +30,7 @@ _TINY = tl.constexpr(TINY)
 class Fp8Inputs:
     """``q, k [B, S, H, d]`` and ``v [B, H, d, S']`` E4M3, S' = S rounded up to whole blocks.
 
-    The scales are ``[B, H, S' / 128]`` float32.
+    The scales are ``[B, H, S' / 128]`` float32. Queries may be fewer.
     """
 
     q: Tensor
@@ -40,30 +42,45 @@ class Fp8Inputs:
 
     @classmethod
     def empty(
-        cls, batch: int, tokens: int, heads: int, dim: int, device: torch.device | str
+        cls,
+        batch: int,
+        tokens: int,
+        heads: int,
+        dim: int,
+        device: torch.device | str,
+        queries: int | None = None,
     ) -> "Fp8Inputs":
-        """Buffers to write into."""
-        blocks = triton.cdiv(tokens, BLOCK)
-        q, k = (torch.empty(batch, tokens, heads, dim, dtype=FP8, device=device) for _ in "qk")
+        """Buffers to write into; queries: as many as tokens if None."""
+        queries = tokens if queries is None else queries
+        blocks, q_blocks = triton.cdiv(tokens, BLOCK), triton.cdiv(queries, BLOCK)
+        q, k = (
+            torch.empty(batch, count, heads, dim, dtype=FP8, device=device)
+            for count in (queries, tokens)
+        )
         v = torch.empty(batch, heads, dim, blocks * BLOCK, dtype=FP8, device=device)
-        q_scale, k_scale, v_scale = torch.empty(3, batch, heads, blocks, device=device).unbind(0)
+        q_scale = torch.empty(batch, heads, q_blocks, device=device)
+        k_scale, v_scale = torch.empty(2, batch, heads, blocks, device=device).unbind(0)
         return cls(q, k, v, q_scale, k_scale, v_scale)
 
     def dequantized(self) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values ``[B, S, H, d]`` float32 that the numbers stand for."""
-        tokens = self.q.shape[1]
-        scales = (
-            s.repeat_interleave(BLOCK, -1) for s in (self.q_scale, self.k_scale, self.v_scale)
+        queries, tokens = self.q.shape[1], self.k.shape[1]
+        q, k, v = (
+            s.repeat_interleave(BLOCK, -1).transpose(1, 2)[:, :, :, None]
+            for s in (self.q_scale, self.k_scale, self.v_scale)
         )
-        q, k, v = (scale.transpose(1, 2)[:, :tokens, :, None] for scale in scales)
-        values = self.v.float().permute(0, 3, 1, 2)[:, :tokens]
-        return self.q.float() * q, self.k.float() * k, values * v
+        values = self.v.float().permute(0, 3, 1, 2) * v
+        return self.q.float() * q[:, :queries], self.k.float() * k[:, :tokens], values[:, :tokens]
 
 
 def attention_inputs_ref(qkv: Tensor, scales: Tensor, text_tokens: int, rope: Tensor) -> Fp8Inputs:
     """Quantise ``qkv [B, S, 3, H, d]``; the other arguments are those of ``qk_norm_rope_ref``."""
-    q, k = qk_norm_rope_ref(qkv, scales, text_tokens, rope)
-    (q8, q_scale), (k8, k_scale), (v8, v_scale) = map(_quantize_blocks, (q, k, qkv[:, :, 2]))
+    return quantize_attention_ref(*qk_norm_rope_ref(qkv, scales, text_tokens, rope), qkv[:, :, 2])
+
+
+def quantize_attention_ref(q: Tensor, k: Tensor, v: Tensor) -> Fp8Inputs:
+    """Quantise ``q [B, Sq, H, d]``, ``k, v [B, Sk, H, d]``."""
+    (q8, q_scale), (k8, k_scale), (v8, v_scale) = map(_quantize_blocks, (q, k, v))
     v8 = F.pad(v8.view(torch.uint8).permute(0, 2, 3, 1), (0, -v8.shape[1] % BLOCK)).view(FP8)
     return Fp8Inputs(q8, k8, v8.contiguous(), q_scale, k_scale, v_scale)
 
@@ -95,38 +112,50 @@ def _block_quantized(x):
     return (x * (_FP8_MAX / largest)).to(tl.float8e4nv), largest / _FP8_MAX
 
 
-@triton.jit(do_not_specialize=["tokens", "text_tokens"])
+@triton.jit(do_not_specialize=["queries", "tokens", "text_tokens"])
 def _attention_inputs_kernel(
-    qkv_ptr, norm_ptr, rope_ptr, position_ptr,
+    q_in_ptr, k_in_ptr, v_in_ptr, norm_ptr, rope_ptr, position_ptr,
     q_ptr, k_ptr, v_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr,
-    tokens, text_tokens, heads,
-    x_batch, x_token, x_part, x_head, norm_stream, norm_part,
+    queries, tokens, text_tokens, heads,
+    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
+    norm_stream, norm_part,
     D: tl.constexpr, T: tl.constexpr, A0: tl.constexpr, A1: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (blocks of tokens, heads, batch)."""
+    """Grid: (blocks of tokens, heads, batch). Without ``norm_ptr``, queries and keys are normed
+    and rotated already."""
     block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     token = block * T + tl.arange(0, T)
     channel = tl.arange(0, D)[None, :]
     mask = token < tokens
-    x_ptr = qkv_ptr + batch * x_batch + head * x_head + token[:, None] * x_token + channel
-    place = ((batch * tokens + token[:, None]) * heads + head) * D + channel
     scale_at = (batch * heads + head) * tl.num_programs(0) + block
+    rope = None
+    stream = None
+    if norm_ptr is not None:
+        rope = rotations(rope_ptr, position_ptr, token, mask, D, A0, A1)
+        stream = tl.where(token < text_tokens, norm_stream, 0)[:, None]
 
-    rope = rotations(rope_ptr, position_ptr, token, mask, D, A0, A1)
-    stream = tl.where(token < text_tokens, norm_stream, 0)[:, None]
-    norm = tl.load(norm_ptr + stream + channel).to(tl.float32)
-    q = rotated(tl.load(x_ptr, mask[:, None], 0.0), norm, rope)
-    q, scale = _block_quantized(q)
-    tl.store(q_ptr + place, q, mask[:, None])
-    tl.store(q_scale_ptr + scale_at, scale)
+    if block * T < queries:
+        exists = (token < queries)[:, None]
+        q_in_ptr += batch * q_batch + head * q_head
+        q = tl.load(q_in_ptr + token[:, None] * q_token + channel, exists, 0.0).to(tl.float32)
+        if norm_ptr is not None:
+            q = rotated(q, tl.load(norm_ptr + stream + channel).to(tl.float32), rope)
+        q, scale = _block_quantized(q)
+        place = ((batch * queries + token[:, None]) * heads + head) * D + channel
+        tl.store(q_ptr + place, q, exists)
+        tl.store(q_scale_ptr + (batch * heads + head) * tl.cdiv(queries, T) + block, scale)
 
-    norm = tl.load(norm_ptr + norm_part + stream + channel).to(tl.float32)
-    k = rotated(tl.load(x_ptr + x_part, mask[:, None], 0.0), norm, rope)
+    k_in_ptr += batch * k_batch + head * k_head
+    k = tl.load(k_in_ptr + token[:, None] * k_token + channel, mask[:, None], 0.0).to(tl.float32)
+    if norm_ptr is not None:
+        k = rotated(k, tl.load(norm_ptr + norm_part + stream + channel).to(tl.float32), rope)
     k, scale = _block_quantized(k)
+    place = ((batch * tokens + token[:, None]) * heads + head) * D + channel
     tl.store(k_ptr + place, k, mask[:, None])
     tl.store(k_scale_ptr + scale_at, scale)
 
-    v = tl.load(x_ptr + 2 * x_part, mask[:, None], 0.0).to(tl.float32)
+    v_in_ptr += batch * v_batch + head * v_head
+    v = tl.load(v_in_ptr + token[:, None] * v_token + channel, mask[:, None], 0.0).to(tl.float32)
     v, scale = _block_quantized(v)
     padded = tl.num_programs(0) * T
     row = (batch * heads + head) * D + tl.arange(0, D)
@@ -144,23 +173,46 @@ def launch_attention_inputs(
     axes_dim: Sequence[int] = (),
 ) -> Launch:
     """Quantise ``qkv [B, S, 3, H, d]`` into ``out``; arguments as of ``launch_norm_rope``."""
-    batch, tokens, _, heads, dim = qkv.shape
-    assert out.q.shape == out.k.shape == (batch, tokens, heads, dim), out.q.shape
+    dim = qkv.shape[-1]
     assert scales.shape == (2 if text_tokens else 1, 2, dim), scales.shape
-    assert qkv.stride(-1) == scales.stride(-1) == 1, "channels lie side by side"
-    assert all(t.is_contiguous() for t in vars(out).values()), "outputs are dense"
+    assert scales.stride(-1) == 1, "channels lie side by side"
     assert all(dim % 8 == 0 for dim in axes_dim), axes_dim
-    args = {
-        "qkv_ptr": qkv, "norm_ptr": scales, "rope_ptr": rope, "position_ptr": positions,
-        "q_ptr": out.q, "k_ptr": out.k, "v_ptr": out.v,
-        "q_scale_ptr": out.q_scale, "k_scale_ptr": out.k_scale, "v_scale_ptr": out.v_scale,
-        "tokens": tokens, "text_tokens": text_tokens, "heads": heads,
-        "x_batch": qkv.stride(0), "x_token": qkv.stride(1), "x_part": qkv.stride(2),
-        "x_head": qkv.stride(3),
+    norm = {
+        "norm_ptr": scales, "rope_ptr": rope, "position_ptr": positions,
+        "text_tokens": text_tokens,
         "norm_stream": scales.stride(0), "norm_part": scales.stride(1),
-        "D": dim, "T": BLOCK,
         "A0": axes_dim[0] if positions is not None else 0,
         "A1": axes_dim[1] if positions is not None else 0,
+    }  # fmt: skip
+    q, k, v = qkv.unbind(2)
+    return _launch(out, q, k, v, norm)
+
+
+def launch_quantize_attention(out: Fp8Inputs, q: Tensor, k: Tensor, v: Tensor) -> Launch:
+    """Quantise ``q [B, Sq, H, d]``, ``k, v [B, Sk, H, d]``, Sq at most Sk, as they are."""
+    norm = {
+        "norm_ptr": None, "rope_ptr": None, "position_ptr": None, "text_tokens": 0,
+        "norm_stream": 0, "norm_part": 0, "A0": 0, "A1": 0,
+    }  # fmt: skip
+    return _launch(out, q, k, v, norm)
+
+
+def _launch(out: Fp8Inputs, q: Tensor, k: Tensor, v: Tensor, norm: dict[str, Any]) -> Launch:
+    batch, tokens, heads, dim = k.shape
+    assert out.q.shape == q.shape, (out.q.shape, q.shape)
+    assert out.k.shape == k.shape == v.shape, (out.k.shape, k.shape, v.shape)
+    assert q.shape[1] <= tokens, (q.shape, k.shape)
+    assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1, "channels lie side by side"
+    assert all(t.is_contiguous() for t in vars(out).values()), "outputs are dense"
+    args = {
+        "q_in_ptr": q, "k_in_ptr": k, "v_in_ptr": v, **norm,
+        "q_ptr": out.q, "k_ptr": out.k, "v_ptr": out.v,
+        "q_scale_ptr": out.q_scale, "k_scale_ptr": out.k_scale, "v_scale_ptr": out.v_scale,
+        "queries": q.shape[1], "tokens": tokens, "heads": heads,
+        "q_batch": q.stride(0), "q_token": q.stride(1), "q_head": q.stride(2),
+        "k_batch": k.stride(0), "k_token": k.stride(1), "k_head": k.stride(2),
+        "v_batch": v.stride(0), "v_token": v.stride(1), "v_head": v.stride(2),
+        "D": dim, "T": BLOCK,
     }  # fmt: skip
     grid = (triton.cdiv(tokens, BLOCK), heads, batch)
     return Launch(_attention_inputs_kernel, grid, args, CONFIG.warps)

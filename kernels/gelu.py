@@ -1,7 +1,7 @@
 """GELU in its tanh form, the activation of FLUX's feed-forwards.
 
-The kernel can write FP8 straight into the columns of the next product's input, with a scale a row,
-or with one scale known beforehand, which other columns of the same rows can share.
+A kernel can write FP8 straight into the next product's input, with a scale a row, which other
+columns of the row can share, or with one scale known beforehand.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .launch import Launch
-from .quantize import quantized
+from .quantize import FP8_MAX, TINY, Rows, empty_rows, quantize_rows_ref, quantized
 
 SQRT_8_OVER_PI = 1.5957691216057308
 CUBIC = 0.044715
@@ -21,6 +21,8 @@ CUBIC = 0.044715
 
 _SQRT_8_OVER_PI = tl.constexpr(SQRT_8_OVER_PI)
 _CUBIC = tl.constexpr(CUBIC)
+_FP8_MAX = tl.constexpr(FP8_MAX)
+_TINY = tl.constexpr(TINY)
 
 
 def gelu_ref(x: Tensor) -> Tensor:
@@ -31,6 +33,16 @@ def gelu_ref(x: Tensor) -> Tensor:
 def gelu_beside_ref(left: Tensor, x: Tensor) -> Tensor:
     """``left [B, S, D]`` and, in the columns after it, GELU of ``x [B, S, N]``: linear2's input."""
     return torch.cat((left, gelu_ref(x)), dim=-1)
+
+
+def gelu_rows_ref(x: Tensor) -> Rows:
+    """:func:`gelu_ref`, quantised."""
+    return quantize_rows_ref(gelu_ref(x))
+
+
+def gelu_beside_rows_ref(left: Tensor, x: Tensor) -> Rows:
+    """:func:`gelu_beside_ref`, quantised: one scale for both parts of a row."""
+    return quantize_rows_ref(gelu_beside_ref(left, x))
 
 
 def gelu_sigmoid(x: Tensor) -> Tensor:
@@ -112,6 +124,42 @@ def launch_gelu(
     return Launch(_gelu_kernel, (rows,), args, config(width).warps)
 
 
+@triton.jit
+def _gelu_beside_rows_kernel(
+    left_ptr, x_ptr, out_ptr, row_scale_ptr, left_row, x_row,
+    D: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Grid: (rows,). Both parts of a row in registers, since they share its scale."""
+    row = tl.program_id(0).to(tl.int64)
+    d, n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
+    left = tl.load(left_ptr + row * left_row + d, d < D, 0.0).to(tl.float32)
+    y = activated(tl.load(x_ptr + row * x_row + n, n < N, 0.0).to(tl.float32))
+    largest = tl.maximum(tl.max(tl.abs(left), axis=0), tl.max(tl.abs(y), axis=0))
+    largest = tl.maximum(largest, _TINY)
+    factor = _FP8_MAX / largest
+    out_ptr += row * (D + N)
+    tl.store(out_ptr + d, (left * factor).to(tl.float8e4nv), d < D)
+    tl.store(out_ptr + D + n, (y * factor).to(tl.float8e4nv), n < N)
+    tl.store(row_scale_ptr + row, largest / _FP8_MAX)
+
+
+def launch_gelu_beside_rows(out: Tensor, row_scale: Tensor, left: Tensor, x: Tensor) -> Launch:
+    """Write ``left [M, D]`` and GELU of ``x [M, N]``, quantised together, into ``out [M, D + N]``
+    E4M3 and ``row_scale [M, 1]``; rows of left and x may be strided."""
+    (rows, width), columns = x.shape, left.shape[1]
+    assert left.shape[0] == rows, (left.shape, x.shape)
+    assert out.shape == (rows, columns + width), out.shape
+    assert x.stride(1) == left.stride(1) == 1, "strided rows"
+    assert out.is_contiguous(), out.stride()
+    assert row_scale.is_contiguous(), row_scale.stride()
+    args = {
+        "left_ptr": left, "x_ptr": x, "out_ptr": out, "row_scale_ptr": row_scale,
+        "left_row": left.stride(0), "x_row": x.stride(0), "D": columns, "N": width,
+        "BLOCK_D": triton.next_power_of_2(columns), "BLOCK_N": triton.next_power_of_2(width),
+    }  # fmt: skip
+    return Launch(_gelu_beside_rows_kernel, (rows,), args, config(width + columns).warps)
+
+
 @torch.library.custom_op("fluxkontext::gelu", mutates_args=())
 def _gelu(x: Tensor) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -149,3 +197,38 @@ def gelu_beside(left: Tensor, x: Tensor) -> Tensor:
     """:func:`gelu_beside_ref` as a copy and one kernel."""
     out: Tensor = _gelu_beside(left, x)
     return out
+
+
+@torch.library.custom_op("fluxkontext::gelu_rows", mutates_args=())
+def _gelu_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    out, row_scale = empty_rows(x, x.shape[-1])
+    launch_gelu(out.flatten(0, -2), x.flatten(0, -2), row_scale.view(-1, 1))()
+    return out, row_scale
+
+
+@_gelu_rows.register_fake
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    return empty_rows(x, x.shape[-1])
+
+
+def gelu_rows(x: Tensor) -> Rows:
+    """:func:`gelu_rows_ref` as one kernel."""
+    return Rows(*_gelu_rows(x))
+
+
+@torch.library.custom_op("fluxkontext::gelu_beside_rows", mutates_args=())
+def _gelu_beside_rows(left: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    out, row_scale = empty_rows(x, left.shape[-1] + x.shape[-1])
+    parts = (t.flatten(0, -2) for t in (out, row_scale, left, x))
+    launch_gelu_beside_rows(*parts)()
+    return out, row_scale
+
+
+@_gelu_beside_rows.register_fake
+def _(left: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    return empty_rows(x, left.shape[-1] + x.shape[-1])
+
+
+def gelu_beside_rows(left: Tensor, x: Tensor) -> Rows:
+    """:func:`gelu_beside_rows_ref` as one kernel."""
+    return Rows(*_gelu_beside_rows(left, x))

@@ -1,34 +1,35 @@
 """The set of implementations that a model is built with, chosen once, at load."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .attention import CONFIGS, attention, attention_ref
-from .attention_tma import CONFIGS as TMA_CONFIGS
-from .chips import chip_of, unsupported
-from .gate_residual import gate_residual, gate_residual_ref
-from .gelu import (
-    gelu,
-    gelu_beside,
-    gelu_beside_ref,
-    gelu_beside_sigmoid,
-    gelu_ref,
-    gelu_sigmoid,
+from .attention import (
+    attention_ref,
 )
-from .linear_fp8 import CONFIGS as FP8_CONFIGS
-from .linear_fp8 import linear_fp8, linear_fp8_ref
-from .linear_w4a4 import CONFIGS as W4A4_CONFIGS
-from .linear_w4a4 import linear_w4a4, linear_w4a4_ref
-from .linear_w4a16 import CONFIGS as W4A16_CONFIGS
-from .linear_w4a16 import linear_w4a16, linear_w4a16_ref
-from .modulate import modulate, modulate_ref, residual_modulate, residual_modulate_ref
-from .norm_rope import norm_rope, norm_rope_complex, norm_rope_ref
+from .gate_residual import gate_residual_ref
+from .gelu import (
+    gelu_beside_ref,
+    gelu_beside_rows_ref,
+    gelu_ref,
+    gelu_rows_ref,
+)
+from .group_norm import group_norm_silu_ref
+from .linear_fp8 import linear_fp8_ref
+from .linear_w4a4 import linear_w4a4_ref
+from .linear_w4a16 import linear_w4a16_ref
+from .modulate import (
+    modulate_ref,
+    modulate_rows_ref,
+    residual_modulate_ref,
+    residual_modulate_rows_ref,
+)
+from .norm_rope import norm_rope_ref
 from .nvfp4 import NvFp4
-from .quantize import quantize_rows, quantize_rows_ref
+from .quantize import Rows, quantize_rows_ref
 
 
 @dataclass(frozen=True)
@@ -37,34 +38,46 @@ class KernelSet:
 
     name: str
     modulate: Callable[[Tensor, Tensor, Tensor], Tensor]
+    modulate_rows: Callable[[Tensor, Tensor, Tensor], Rows]
     residual_modulate: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    residual_modulate_rows: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Rows]]
     norm_rope: Callable[[Tensor, Tensor, Tensor], Tensor]
     attention: Callable[[Tensor, Tensor, Tensor], Tensor]
     gate_residual: Callable[[Tensor, Tensor, Tensor], Tensor]
     gelu: Callable[[Tensor], Tensor]
+    gelu_rows: Callable[[Tensor], Rows]
     gelu_beside: Callable[[Tensor, Tensor], Tensor]
-    quantize_rows: Callable[[Tensor], tuple[Tensor, Tensor]]
+    gelu_beside_rows: Callable[[Tensor, Tensor], Rows]
+    group_norm_silu: Callable[..., Tensor]
+    quantize_rows: Callable[[Tensor], Rows]
     linear_fp8: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     linear_w4a16: Callable[[Tensor, NvFp4, Tensor], Tensor]
     linear_w4a4: Callable[[Tensor, Tensor, NvFp4, Tensor], Tensor]
 
+    def before(self, layer: Any) -> "Before":
+        """The ops whose result is ``layer``'s input, in the form that it takes: an FP8 layer has
+        rows quantised by what makes them, where another pass would read them again."""
+        return self._rows if getattr(layer, "takes_rows", False) else self._plain
+
+    @cached_property
+    def _plain(self) -> "Before":
+        return Before(self.modulate, self.residual_modulate, self.gelu, self.gelu_beside)
+
+    @cached_property
+    def _rows(self) -> "Before":
+        return Before(
+            self.modulate_rows, self.residual_modulate_rows, self.gelu_rows, self.gelu_beside_rows
+        )
+
 
 @dataclass(frozen=True)
-class Situation:
-    """What implementations are chosen for."""
+class Before:
+    """Ops that stand before a linear layer; results are a Tensor, or Rows."""
 
-    device: torch.device
-    dtype: torch.dtype
-    head_dim: int
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """An implementation, and why it cannot be used in a situation; None if it can."""
-
-    name: str
-    run: Callable[..., Any]
-    supports: Callable[[Situation], str | None]
+    modulate: Callable[[Tensor, Tensor, Tensor], Any]
+    residual_modulate: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Any]]
+    gelu: Callable[[Tensor], Any]
+    gelu_beside: Callable[[Tensor, Tensor], Any]
 
 
 def reference() -> KernelSet:
@@ -72,174 +85,19 @@ def reference() -> KernelSet:
     return KernelSet(
         name="reference",
         modulate=modulate_ref,
+        modulate_rows=modulate_rows_ref,
         residual_modulate=residual_modulate_ref,
+        residual_modulate_rows=residual_modulate_rows_ref,
         norm_rope=norm_rope_ref,
         attention=attention_ref,
         gate_residual=gate_residual_ref,
         gelu=gelu_ref,
+        gelu_rows=gelu_rows_ref,
         gelu_beside=gelu_beside_ref,
+        gelu_beside_rows=gelu_beside_rows_ref,
+        group_norm_silu=group_norm_silu_ref,
         quantize_rows=quantize_rows_ref,
         linear_fp8=linear_fp8_ref,
         linear_w4a16=linear_w4a16_ref,
         linear_w4a4=linear_w4a4_ref,
     )
-
-
-def _anywhere(_: Situation) -> str | None:
-    return None
-
-
-def _on_gpu(situation: Situation) -> str | None:
-    if reason := unsupported(situation.device):
-        return reason
-    if situation.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"kernels take float32, float16 and bfloat16, not {situation.dtype}"
-    return None
-
-
-def _on_cpu(*dtypes: torch.dtype) -> Callable[[Situation], str | None]:
-    def reason(situation: Situation) -> str | None:
-        if situation.device.type == "cpu" and situation.dtype in dtypes:
-            return None
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        return f"it is for {names} on a CPU, found {situation.dtype} on {situation.device.type}"
-
-    return reason
-
-
-def _norm_rope(situation: Situation) -> str | None:
-    dim = situation.head_dim
-    power = dim >= 16 and not dim & (dim - 1)
-    return _on_gpu(situation) or (None if power else f"a head of {dim} is no power of two")
-
-
-def _attention(situation: Situation) -> str | None:
-    if reason := _on_gpu(situation):
-        return reason
-    key = (chip_of(situation.device).sm, situation.dtype.itemsize, situation.head_dim)
-    if key not in CONFIGS and key not in TMA_CONFIGS:
-        return f"no configuration for heads of {situation.head_dim} in {situation.dtype}"
-    return None
-
-
-def _fp8(situation: Situation) -> str | None:
-    if reason := _on_gpu(situation):
-        return reason
-    chip = chip_of(situation.device)
-    return None if chip.fp8 and chip.sm in FP8_CONFIGS else f"sm_{chip.sm} does not multiply FP8"
-
-
-def _w4a16(situation: Situation) -> str | None:
-    if reason := _on_gpu(situation):
-        return reason
-    if situation.dtype not in (torch.float16, torch.bfloat16):
-        return f"the kernel takes float16 and bfloat16, not {situation.dtype}"
-    sm = chip_of(situation.device).sm
-    return None if sm in W4A16_CONFIGS else f"no configuration for sm_{sm}"
-
-
-def _w4a4(situation: Situation) -> str | None:
-    if reason := _on_gpu(situation):
-        return reason
-    chip = chip_of(situation.device)
-    return None if chip.fp4 and chip.sm in W4A4_CONFIGS else f"sm_{chip.sm} does not multiply FP4"
-
-
-CANDIDATES: Mapping[str, tuple[Candidate, ...]] = {
-    "modulate": (
-        Candidate("triton", modulate, _on_gpu),
-        Candidate("torch", modulate_ref, _anywhere),
-    ),
-    "residual_modulate": (
-        Candidate("triton", residual_modulate, _on_gpu),
-        Candidate("torch", residual_modulate_ref, _anywhere),
-    ),
-    "norm_rope": (
-        Candidate("triton", norm_rope, _norm_rope),
-        Candidate(
-            "complex", norm_rope_complex, _on_cpu(torch.float32, torch.bfloat16, torch.float16)
-        ),
-        Candidate("torch", norm_rope_ref, _anywhere),
-    ),
-    # torch has cuDNN's and FlashAttention's kernels, which published figures put ahead of Triton's
-    # in 16 bits: 600 and 370 TFLOP/s against 392 on an H100 at 8k tokens (flash-attention, assets).
-    "attention": (
-        Candidate("torch", attention_ref, _anywhere),
-        Candidate("triton", attention, _attention),
-    ),
-    "gate_residual": (
-        Candidate("triton", gate_residual, _on_gpu),
-        Candidate("torch", gate_residual_ref, _anywhere),
-    ),
-    "gelu": (
-        Candidate("triton", gelu, _on_gpu),
-        Candidate("sigmoid", gelu_sigmoid, _on_cpu(torch.float32)),
-        Candidate("torch", gelu_ref, _anywhere),
-    ),
-    "gelu_beside": (
-        Candidate("triton", gelu_beside, _on_gpu),
-        Candidate("sigmoid", gelu_beside_sigmoid, _on_cpu(torch.float32)),
-        Candidate("torch", gelu_beside_ref, _anywhere),
-    ),
-    "quantize_rows": (
-        Candidate("triton", quantize_rows, _fp8),
-        Candidate("torch", quantize_rows_ref, _anywhere),
-    ),
-    "linear_fp8": (
-        Candidate("triton", linear_fp8, _fp8),
-        Candidate("torch", linear_fp8_ref, _anywhere),
-    ),
-    "linear_w4a16": (
-        Candidate("triton", linear_w4a16, _w4a16),
-        Candidate("torch", linear_w4a16_ref, _anywhere),
-    ),
-    "linear_w4a4": (
-        Candidate("triton", linear_w4a4, _w4a4),
-        Candidate("torch", linear_w4a4_ref, _anywhere),
-    ),
-}
-"""Implementations of every op, the best one first."""
-
-
-def select(
-    device: torch.device,
-    dtype: torch.dtype,
-    head_dim: int = 128,
-    named: Mapping[str, str] | None = None,
-) -> KernelSet:
-    """The best implementation of every op, or of some ops the one that is ``named``.
-
-    Raises ValueError where what is named does not exist or cannot be used, and says why.
-    """
-    situation = Situation(device, dtype, head_dim)
-    named = named or {}
-    if unknown := named.keys() - CANDIDATES.keys():
-        raise ValueError(f"no op is called {sorted(unknown)}; there are {sorted(CANDIDATES)}")
-    return assembled({op: usable(op, situation, named.get(op))[0] for op in CANDIDATES})
-
-
-def assembled(chosen: Mapping[str, Candidate]) -> KernelSet:
-    """A set of one implementation for every op."""
-    name = " ".join(f"{op}={candidate.name}" for op, candidate in chosen.items())
-    return KernelSet(name=name, **{op: candidate.run for op, candidate in chosen.items()})
-
-
-def usable(
-    op: str,
-    situation: Situation,
-    name: str | None,
-    known: Mapping[str, tuple[Candidate, ...]] = CANDIDATES,
-) -> list[Candidate]:
-    """What can run ``op``, the best first; only what is called ``name``, if that is not None.
-
-    Raises ValueError if nothing can.
-    """
-    candidates = [c for c in known[op] if name in (None, c.name)]
-    if not candidates:
-        names = [c.name for c in known[op]]
-        raise ValueError(f"{op} has no implementation {name!r}; it has {names}")
-    reasons = [candidate.supports(situation) for candidate in candidates]
-    found = [c for c, reason in zip(candidates, reasons, strict=True) if reason is None]
-    if not found:
-        raise ValueError(f"{op}: {name} cannot be used: {'; '.join(map(str, reasons))}")
-    return found

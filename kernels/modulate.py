@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from .gate_residual import gate_residual_ref, stored
 from .launch import Launch
-from .quantize import quantized
+from .quantize import Rows, empty_rows, quantize_rows_ref, quantized
 
 EPS = 1e-6
 """LayerNorm epsilon of FLUX (BFL ``layers.py``, diffusers ``AdaLayerNormZero``)."""
@@ -33,6 +33,19 @@ def residual_modulate_ref(
     """``x + gate * y``, and that modulated."""
     x = gate_residual_ref(x, gate, y)
     return x, modulate_ref(x, shift, scale)
+
+
+def modulate_rows_ref(x: Tensor, shift: Tensor, scale: Tensor) -> Rows:
+    """:func:`modulate_ref`, quantised."""
+    return quantize_rows_ref(modulate_ref(x, shift, scale))
+
+
+def residual_modulate_rows_ref(
+    x: Tensor, gate: Tensor, y: Tensor, shift: Tensor, scale: Tensor
+) -> tuple[Tensor, Rows]:
+    """:func:`residual_modulate_ref`, the second result quantised."""
+    x = gate_residual_ref(x, gate, y)
+    return x, modulate_rows_ref(x, shift, scale)
 
 
 @dataclass(frozen=True)
@@ -174,6 +187,50 @@ def residual_modulate(
     """:func:`residual_modulate_ref` as one kernel."""
     total, out = _residual_modulate(x, gate, y, shift, scale)
     return total, out
+
+
+@torch.library.custom_op("fluxkontext::modulate_rows", mutates_args=())
+def _modulate_rows(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    out, row_scale = empty_rows(x, x.shape[-1])
+    shift, scale = _streams(x, shift, scale)
+    launch_modulate(out, x, shift, scale, row_scale=row_scale)()
+    return out, row_scale
+
+
+@_modulate_rows.register_fake
+def _(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    return empty_rows(x, x.shape[-1])
+
+
+@torch.library.custom_op("fluxkontext::residual_modulate_rows", mutates_args=())
+def _residual_modulate_rows(
+    x: Tensor, gate: Tensor, y: Tensor, shift: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out, row_scale = empty_rows(x, x.shape[-1])
+    gate, shift, scale = _streams(x, gate, shift, scale)
+    launch_modulate(out, x, shift, scale, row_scale=row_scale, residual=(total, gate, y))()
+    return total, out, row_scale
+
+
+@_residual_modulate_rows.register_fake
+def _(
+    x: Tensor, gate: Tensor, y: Tensor, shift: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), *empty_rows(x, x.shape[-1])
+
+
+def modulate_rows(x: Tensor, shift: Tensor, scale: Tensor) -> Rows:
+    """:func:`modulate_rows_ref` as one kernel."""
+    return Rows(*_modulate_rows(x, shift, scale))
+
+
+def residual_modulate_rows(
+    x: Tensor, gate: Tensor, y: Tensor, shift: Tensor, scale: Tensor
+) -> tuple[Tensor, Rows]:
+    """:func:`residual_modulate_rows_ref` as one kernel."""
+    total, out, row_scale = _residual_modulate_rows(x, gate, y, shift, scale)
+    return total, Rows(out, row_scale)
 
 
 def _streams(x: Tensor, *vectors: Tensor) -> list[Tensor]:

@@ -6,6 +6,7 @@ raises.
 """
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -13,10 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernel_set import CANDIDATES, Candidate, KernelSet, Situation, assembled, reference, usable
+from .candidates import CANDIDATES, Candidate, Situation, assembled, usable
+from .gelu import gelu_beside_ref, gelu_ref
+from .kernel_set import KernelSet, reference
+from .modulate import modulate_ref, residual_modulate_ref
 from .norm_rope import rope_table
 from .nvfp4 import NvFp4, pack
-from .quantize import quantize_rows_ref
+from .quantize import Rows, quantize_rows_ref
 
 _log = logging.getLogger(__name__)
 
@@ -31,13 +35,15 @@ def proven(
     width: int,
     named: Mapping[str, str] | None = None,
     candidates: Mapping[str, tuple[Candidate, ...]] = CANDIDATES,
+    channels: tuple[int, ...] = (128,),
 ) -> KernelSet:
     """The best implementation of every op that passes; its ``name`` says which these are.
 
-    head_dim, width: the model's, which the inputs have. named: ops to have one implementation or
-    none. Raises ValueError where what is named does not exist, cannot be used or fails.
+    head_dim, width, channels: the model's, which the inputs have. named: ops to have one
+    implementation or none. Raises ValueError where what is named does not exist, cannot be used or
+    fails.
     """
-    situation, named = Situation(device, dtype, head_dim), named or {}
+    situation, named = Situation(device, dtype, head_dim, channels), named or {}
     if unknown := named.keys() - candidates.keys():
         raise ValueError(f"no op is called {sorted(unknown)}; there are {sorted(candidates)}")
     chosen = {}
@@ -73,7 +79,8 @@ def trials(
 
 def fault_of(op: str, candidate: Candidate, situation: Situation, width: int) -> str | None:
     """What is wrong with ``candidate`` on inputs of ``width`` channels; None if nothing is."""
-    plain: Callable[..., Any] = getattr(reference(), op)
+    reference_op: Callable[..., Any] = getattr(reference(), op)
+    plain = candidate.plain or reference_op
     if candidate.run is plain:
         return None
     case = CASES[op]
@@ -84,7 +91,7 @@ def fault_of(op: str, candidate: Candidate, situation: Situation, width: int) ->
     except Exception as error:  # whatever a compiler or a driver raises
         return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
     expected = case.seen(plain(*args))
-    exact = (case.exact or plain)(*(_each(arg, torch.float64) for arg in args))
+    exact = (case.exact or reference_op)(*(_each(arg, torch.float64) for arg in args))
     faults = map(broken_rule, _several(found), _several(expected), _several(exact))
     return next((fault for fault in faults if fault), None)
 
@@ -121,6 +128,8 @@ def _several(results: Any) -> tuple[Tensor, ...]:
 
 def _each(arg: Any, target: torch.device | torch.dtype) -> Any:
     """An argument on a device, or with all but quantised numbers in a floating-point type."""
+    if not isinstance(arg, (NvFp4, Tensor)):
+        return arg
     if isinstance(arg, NvFp4):
         return NvFp4(*(_each(getattr(arg, field.name), target) for field in fields(arg)))
     plain = arg.is_floating_point() and arg.itemsize > 1
@@ -129,6 +138,10 @@ def _each(arg: Any, target: torch.device | torch.dtype) -> Any:
 
 def _same(results: Any) -> Any:
     return results
+
+
+def _dequantised(rows: Rows) -> Tensor:
+    return rows.values.float() * rows.scale
 
 
 @dataclass(frozen=True)
@@ -176,6 +189,13 @@ def _gelu_beside(draw: torch.Generator, at: Situation, width: int) -> list[Any]:
     return [_randn(draw, at, BATCH, TOKENS, width), *_gelu(draw, at, width)]
 
 
+def _group_norm(draw: torch.Generator, at: Situation, width: int) -> list[Any]:
+    channels = at.channels[-1]
+    x = _randn(draw, at, BATCH, channels, 9, 11)
+    weight, bias = _randn(draw, at, channels), _randn(draw, at, channels)
+    return [x, math.gcd(channels, 32) // 2 or 1, weight, bias, 1e-6]
+
+
 def _quantize_rows(draw: torch.Generator, at: Situation, width: int) -> list[Any]:
     return [_randn(draw, at, BATCH, TOKENS, width)]
 
@@ -212,9 +232,16 @@ CASES: Mapping[str, Case] = {
     "gate_residual": Case(_gate_residual),
     "gelu": Case(_gelu),
     "gelu_beside": Case(_gelu_beside),
-    "quantize_rows": Case(
-        _quantize_rows, seen=lambda results: results[0].float() * results[1], exact=_same
+    "modulate_rows": Case(_modulate, seen=_dequantised, exact=modulate_ref),
+    "residual_modulate_rows": Case(
+        _residual_modulate,
+        seen=lambda results: (results[0], _dequantised(results[1])),
+        exact=residual_modulate_ref,
     ),
+    "gelu_rows": Case(_gelu, seen=_dequantised, exact=gelu_ref),
+    "gelu_beside_rows": Case(_gelu_beside, seen=_dequantised, exact=gelu_beside_ref),
+    "group_norm_silu": Case(_group_norm),
+    "quantize_rows": Case(_quantize_rows, seen=_dequantised, exact=_same),
     "linear_fp8": Case(_linear_fp8),
     "linear_w4a16": Case(_linear_w4a16),
     "linear_w4a4": Case(_linear_w4a4),

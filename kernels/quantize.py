@@ -4,6 +4,7 @@
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -21,11 +22,25 @@ _FP8_MAX = tl.constexpr(FP8_MAX)
 _TINY = tl.constexpr(TINY)
 
 
-def quantize_rows_ref(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``x [..., K]`` as ``q [..., K]`` E4M3 and ``scale [..., 1]`` float32."""
+class Rows(NamedTuple):
+    """``values [..., K]`` E4M3 and ``scale [..., 1]`` float32: what an FP8 layer takes."""
+
+    values: Tensor
+    scale: Tensor
+
+
+def tokens_of(x: Tensor | Rows, keep: slice) -> Tensor | Rows:
+    """Some tokens of ``[B, tokens, K]``."""
+    if isinstance(x, Rows):
+        return Rows(x.values[:, keep], x.scale[:, keep])
+    return x[:, keep]
+
+
+def quantize_rows_ref(x: Tensor) -> Rows:
+    """``x [..., K]`` with the largest magnitude of a row at 448."""
     x = x if x.dtype == torch.float64 else x.float()
     scale = x.abs().amax(-1, keepdim=True).clamp(min=TINY) / FP8_MAX
-    return (x / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale.float()
+    return Rows((x / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale.float())
 
 
 @dataclass(frozen=True)
@@ -74,6 +89,14 @@ def launch_quantize_rows(out: Tensor, scale: Tensor, x: Tensor) -> Launch:
     return Launch(_quantize_rows_kernel, (rows,), args, config(width).warps)
 
 
+def empty_rows(like: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Values and scales to write into, for as many rows as ``like [..., K]`` has."""
+    return (
+        torch.empty((*like.shape[:-1], width), dtype=FP8, device=like.device),
+        torch.empty((*like.shape[:-1], 1), dtype=torch.float32, device=like.device),
+    )
+
+
 @torch.library.custom_op("fluxkontext::quantize_rows", mutates_args=())
 def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     out, scale = _fake(x)
@@ -84,13 +107,9 @@ def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @_quantize_rows.register_fake
 def _fake(x: Tensor) -> tuple[Tensor, Tensor]:
-    return (
-        torch.empty(x.shape, dtype=FP8, device=x.device),
-        torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device),
-    )
+    return empty_rows(x, x.shape[-1])
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor) -> Rows:
     """:func:`quantize_rows_ref` as one kernel."""
-    q, scale = _quantize_rows(x)
-    return q, scale
+    return Rows(*_quantize_rows(x))

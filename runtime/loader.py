@@ -44,10 +44,12 @@ def load(
     device: str,
     verify: str,
     vram_budget: str | int | None = None,
+    kernels: Mapping[str, str] | None = None,
 ) -> Loaded:
     """Find ``model``, choose a backend, and load it; what is asked for by name never falls back.
 
-    vram_budget: bytes, or such as ``12GiB``, for the native backend.
+    vram_budget: bytes, or such as ``12GiB``, and kernels: op -> implementation, both for the native
+    backend.
     """
     limit = None if vram_budget is None else parse_bytes(vram_budget)
     choice("backend", backend, BACKENDS)
@@ -62,6 +64,11 @@ def load(
             f"vram_budget: expected the native backend, which alone keeps to one, found {chosen}; "
             "use backend native"
         )
+    if kernels and chosen != "native":
+        raise BackendUnavailableError(
+            f"kernels: expected the native backend, which alone has a choice, found {chosen}; "
+            "use backend native"
+        )
     if chosen != "native":
         if not is_bundle:
             raise BackendUnavailableError(
@@ -73,7 +80,7 @@ def load(
         require("torch", "for the native backend", "torch")
         if is_bundle:
             open_bundle(root, verify)
-        loaded = _from_checkpoint(find(model, parts), device, precision, limit)
+        loaded = _from_checkpoint(find(model, parts), device, precision, limit, kernels)
     _log.info(
         "%s: %s backend (%s) on %s in %s",
         *(model, chosen, reason, loaded.backend.device, loaded.backend.precision),
@@ -146,7 +153,11 @@ def _from_bundle(name: str, bundle: Bundle, chosen: str, device: str, precision:
 
 
 def _from_checkpoint(
-    checkpoint: Checkpoint, device: str, precision: str, limit: int | None
+    checkpoint: Checkpoint,
+    device: str,
+    precision: str,
+    limit: int | None,
+    kernels: Mapping[str, str] | None,
 ) -> Loaded:
     from .backends.native import NativeBackend
 
@@ -161,7 +172,9 @@ def _from_checkpoint(
             f"{clip.max_position_embeddings} as the text_encoder has, "
             f"found {tokenizer.model_max_length}"
         )
-    native = NativeBackend(checkpoint, device, precision, limit, tokenizer_2.model_max_length)
+    native = NativeBackend(
+        checkpoint, device, precision, limit, tokenizer_2.model_max_length, kernels=kernels
+    )
     return Loaded(
         checkpoint.name,
         native,

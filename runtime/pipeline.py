@@ -80,6 +80,7 @@ class KontextPipeline:
         precision: str = "auto",
         device: str = "auto",
         vram_budget: str | int | None = None,
+        kernels: Mapping[str, str] | None = None,
         vae: str | os.PathLike[str] | None = None,
         text_encoder: str | os.PathLike[str] | None = None,
         text_encoder_2: str | os.PathLike[str] | None = None,
@@ -97,14 +98,17 @@ class KontextPipeline:
         ``fp32``, ``bf16``, ``fp16``, ``fp8`` or ``nvfp4``; auto runs what is stored. vram_budget:
         what the device may spend in all, in bytes or such as ``12GiB`` (native only): weights that
         do not fit are streamed from the host, and an edit that cannot fit is refused before it
-        starts. verify: large files of a bundle ``once`` per change, ``always`` or ``never``. Raises
-        CheckpointError for weights that are missing or malformed, CorruptedError for a bundle that
-        is not what its manifest says, OutOfMemoryError for a model that no budget so small can run,
-        BackendUnavailableError for what this machine cannot run.
+        starts. kernels: an op and the implementation to run it with, such as ``{"attention":
+        "fp8"}``, for FP8 attention beside FP8 layers (native only); where nothing is named, the
+        best that passes a trial on the device runs. verify: large files of a bundle ``once`` per
+        change, ``always`` or ``never``. Raises CheckpointError for weights that are missing or
+        malformed, CorruptedError for a bundle that is not what its manifest says, OutOfMemoryError
+        for a model that no budget so small can run, BackendUnavailableError for what this machine
+        cannot run.
         """
         given = (vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2)
         parts = {k: v for k, v in zip(PARTS[1:], given, strict=True) if v is not None}
-        loaded = load(model, parts, backend, precision, device, verify, vram_budget)
+        loaded = load(model, parts, backend, precision, device, verify, vram_budget, kernels)
         return cls(
             loaded.backend,
             loaded.tokenizer,

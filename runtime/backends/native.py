@@ -79,13 +79,16 @@ class NativeBackend:
         vram_budget: int | None = None,
         text_tokens: int = 512,
         max_graphs: int = MAX_GRAPHS,
+        kernels: Mapping[str, str] | None = None,
     ) -> None:
         """Load every network.
 
         device: ``auto``, ``cpu``, ``cuda`` ... precision: ``auto``, ``fp32``, ``bf16``, ``fp16``,
         ``fp8`` or ``nvfp4``, as in :func:`.precision.choose_precision`. vram_budget: bytes that the
         device may spend, or None for all it has; weights that do not fit stay on the host.
-        text_tokens: of a prompt, the most. max_graphs: sizes whose CUDA graphs are kept.
+        text_tokens: of a prompt, the most. max_graphs: sizes whose CUDA graphs are kept. kernels:
+        op -> the name of one of its :data:`fluxkontext.kernels.candidates.CANDIDATES`; for other
+        ops the best that passes on this device.
         """
         self._device = _choose_device(device)
         self.device = str(self._device)
@@ -100,7 +103,13 @@ class NativeBackend:
             self.budget = self._plan(ModelShapes.of(checkpoint), vram_budget, text_tokens)
         self._placed = Placed(self.budget, self._device)
         shape = checkpoint.transformer.config
-        ops = proven(self._device, dtype, shape.head_dim, shape.hidden_size)
+        channels = checkpoint.vae.config.block_out_channels
+        try:
+            ops = proven(
+                self._device, dtype, shape.head_dim, shape.hidden_size, kernels, channels=channels
+            )
+        except ValueError as error:
+            raise BackendUnavailableError(f"kernels: {error}") from None
         self._ops = ops
         recipe = self._weights.recipe
         self.details: Mapping[str, str] = {
@@ -109,7 +118,9 @@ class NativeBackend:
         }
         self._clip = self._load(checkpoint.text_encoder, ClipText, dtype)
         self._t5 = self._load(checkpoint.text_encoder_2, T5Encoder, dtype)
-        self._vae = self._load(checkpoint.vae, Vae, self._vae_dtype)
+        self._vae = self._load(
+            checkpoint.vae, lambda c: Vae(c, ops.group_norm_silu), self._vae_dtype
+        )
         self._flux = self._load(checkpoint.transformer, lambda c: Flux(c, ops), dtype)
         self._executor = Executor(self._flux, self._device, dtype, max_graphs)
 

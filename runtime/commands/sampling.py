@@ -32,6 +32,14 @@ def options() -> Parser:
         metavar="N",
         help="what the device may spend, such as 12GiB; what does not fit is streamed (native)",
     )
+    options.add_argument(
+        "--kernel",
+        action="append",
+        default=[],
+        type=_kernel,
+        metavar="OP=NAME",
+        help="implementation of an op, such as attention=fp8; `doctor` lists them (native)",
+    )
     options.add_argument("--steps", type=count, default=28, help="default: %(default)s")
     options.add_argument("--guidance", type=float, default=2.5, help="default: %(default)s")
     options.add_argument("--negative-prompt", help="what to avoid; needs --true-cfg above 1")
@@ -58,6 +66,13 @@ def _size_or_auto(text: str) -> tuple[int, int] | None:
     return None if text == "auto" else size(text, ", or auto")
 
 
+def _kernel(text: str) -> tuple[str, str]:
+    op, equals, name = text.partition("=")
+    if not (op and equals and name):
+        raise argparse.ArgumentTypeError(f"expected OP=NAME, such as attention=fp8, found {text!r}")
+    return op, name
+
+
 def run(args: argparse.Namespace) -> None:
     """Load the model, make the pictures, write and name them."""
     from ..images import check_output, read_picture
@@ -76,6 +91,7 @@ def run(args: argparse.Namespace) -> None:
         precision=args.precision,
         device=args.device,
         vram_budget=args.vram_budget,
+        kernels=dict(args.kernel),
         verify=args.verify,
         **given_parts(args),
     ) as pipe:

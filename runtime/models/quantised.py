@@ -10,6 +10,7 @@ the type that the model computes in. N and K are the rows and columns of the who
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 from ...kernels import KernelSet
 from ...kernels.nvfp4 import BLOCK, E2M1_MAX, E4M3_MAX, NvFp4, pack
-from ...kernels.quantize import FP8, FP8_MAX, TINY, quantize_rows_ref
+from ...kernels.quantize import FP8, FP8_MAX, TINY, Rows, quantize_rows_ref
 
 CHUNK = 2048
 """Rows that are quantised or dequantised at once: float32 copies of more are never made."""
@@ -37,8 +38,11 @@ class QuantisedLinear(nn.Module, ABC):
     """Rows of a quantised matrix times ``x [B, tokens, K]``.
 
     widths: the rows of each projection of a fused layer, whose results are a tuple; None for a
-    plain layer.
+    plain layer. takes_rows: whether ``x`` may come as quantised rows, which then it should, from
+    the op before (:meth:`~fluxkontext.kernels.KernelSet.before`).
     """
+
+    takes_rows = False
 
     def __init__(self, columns: int, rows: int, widths: Sequence[int] | None, bias: bool) -> None:
         super().__init__()
@@ -47,14 +51,14 @@ class QuantisedLinear(nn.Module, ABC):
         self.bias = _held(torch.empty(rows)) if bias else None
 
     @abstractmethod
-    def product(self, x: Tensor, rows: slice) -> Tensor:
-        """``[B, tokens, rows]``, with the bias, in the type of ``x``."""
+    def product(self, x: Any, rows: slice) -> Tensor:
+        """``[B, tokens, rows]``, with the bias, in the type of ``x`` or, for Rows, the bias."""
 
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def forward(self, x: Tensor | Rows) -> Tensor | tuple[Tensor, ...]:
         out = self.product(x, slice(0, self.out_features))
         return out if self.widths is None else tuple(out.split(list(self.widths), dim=-1))
 
-    def part(self, x: Tensor, start: int, stop: int) -> tuple[Tensor, ...]:
+    def part(self, x: Tensor | Rows, start: int, stop: int) -> tuple[Tensor, ...]:
         """Only the projections ``start`` to ``stop`` of a fused layer."""
         widths = list(self.widths or ())
         out = self.product(x, slice(sum(widths[:start]), sum(widths[:stop])))
@@ -87,14 +91,18 @@ class Fp8Linear(QuantisedLinear):
         self.weight = _held(torch.empty(rows, columns, dtype=FP8))
         self.weight_scale = _held(torch.empty(rows))
         self.input_scale = _held(torch.empty(())) if static else None
+        self.takes_rows = bias and not static  # the bias has the result's type
 
-    def product(self, x: Tensor, rows: slice) -> Tensor:
+    def product(self, x: Tensor | Rows, rows: slice) -> Tensor:
+        weight, weight_scale = self.weight[None, rows], self.weight_scale[None, rows]
+        if isinstance(x, Rows):
+            assert self.bias is not None
+            return self.kernels.linear_fp8(*x, weight, weight_scale, self.bias[None, rows])
         if self.input_scale is None:
             quantised, scale = self.kernels.quantize_rows(x)
         else:
             quantised = (x.float() / self.input_scale).clamp(-FP8_MAX, FP8_MAX).to(FP8)
             scale = self.input_scale.view(1, 1, 1)
-        weight, weight_scale = self.weight[None, rows], self.weight_scale[None, rows]
         bias = self.rows_of_bias(rows, x)[None]
         return self.kernels.linear_fp8(quantised, scale, weight, weight_scale, bias)
 

@@ -5,14 +5,17 @@ the channels of a head; S text tokens, T target tokens, C context tokens.
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...kernels import KernelSet
+from ...kernels import Before, KernelSet
 from ...kernels.norm_rope import rope_table
+from ...kernels.quantize import Rows, tokens_of
 from ..config import TransformerConfig
 
 _TIME_CHANNELS = 256
@@ -85,10 +88,13 @@ class Flux(nn.Module):
             rows = rows[12:]
         x = torch.cat((txt, img), dim=1)
         target = slice(txt.shape[1], txt.shape[1] + latents.shape[1])
-        normed = self.kernels.modulate(x, rows[0], rows[1])
+        # A block ends with the modulation of what the next one, or the last layer, takes.
+        takers = [*(block.linear1 for block in self.single_blocks), self.final_layer.linear]
+        normed = self.kernels.before(takers[0]).modulate(x, rows[0], rows[1])
         last = len(self.single_blocks) - 1
         for i, block in enumerate(self.single_blocks):
-            x, normed = block(x, normed, rows[2:5], rope, target if i == last else None)
+            keep = target if i == last else None
+            x, normed = block(x, normed, rows[2:5], rope, keep, self.kernels.before(takers[i + 1]))
             rows = rows[3:]
         velocity: Tensor = self.final_layer.linear(normed if last >= 0 else normed[:, target])
         return velocity
@@ -103,28 +109,31 @@ class DoubleStreamBlock(nn.Module):
         self.kernels = kernels
         self.img_mod = Modulation(D, 6)
         self.img_attn = SelfAttention(config, kernels)
-        self.img_mlp = mlp(D, config.mlp_hidden, kernels)
+        self.img_mlp = FeedForward(D, config.mlp_hidden, kernels)
         self.txt_mod = Modulation(D, 6)
         self.txt_attn = SelfAttention(config, kernels)
-        self.txt_mlp = mlp(D, config.mlp_hidden, kernels)
+        self.txt_mlp = FeedForward(D, config.mlp_hidden, kernels)
 
     def forward(
         self, img: Tensor, txt: Tensor, rows: Sequence[Tensor], rope: Tensor
     ) -> tuple[Tensor, Tensor]:
         """``img [B, T + C, D]``, ``txt [B, S, D]``; rows: twice shift, scale, gate, img first."""
-        ops, text_tokens = self.kernels, txt.shape[1]
+        ops, before, text_tokens = self.kernels, self.kernels.before, txt.shape[1]
+        img_mlp, txt_mlp = before(self.img_mlp[0]), before(self.txt_mlp[0])
         img_shift, img_scale, img_gate, img_shift2, img_scale2, img_gate2 = rows[:6]
         txt_shift, txt_scale, txt_gate, txt_shift2, txt_scale2, txt_gate2 = rows[6:]
 
-        img_qkv = self.img_attn(ops.modulate(img, img_shift, img_scale), rope[text_tokens:])
-        txt_qkv = self.txt_attn(ops.modulate(txt, txt_shift, txt_scale), rope[:text_tokens])
+        img_normed = before(self.img_attn.qkv).modulate(img, img_shift, img_scale)
+        txt_normed = before(self.txt_attn.qkv).modulate(txt, txt_shift, txt_scale)
+        img_qkv = self.img_attn(img_normed, rope[text_tokens:])
+        txt_qkv = self.txt_attn(txt_normed, rope[:text_tokens])
         q, k, v = (torch.cat(pair, dim=1) for pair in zip(txt_qkv, img_qkv, strict=True))
         txt_att, img_att = ops.attention(q, k, v).tensor_split([text_tokens], dim=1)
 
         img_att, txt_att = self.img_attn.proj(img_att), self.txt_attn.proj(txt_att)
-        img, normed = ops.residual_modulate(img, img_gate, img_att, img_shift2, img_scale2)
+        img, normed = img_mlp.residual_modulate(img, img_gate, img_att, img_shift2, img_scale2)
         img = ops.gate_residual(img, img_gate2, self.img_mlp(normed))
-        txt, normed = ops.residual_modulate(txt, txt_gate, txt_att, txt_shift2, txt_scale2)
+        txt, normed = txt_mlp.residual_modulate(txt, txt_gate, txt_att, txt_shift2, txt_scale2)
         txt = ops.gate_residual(txt, txt_gate2, self.txt_mlp(normed))
         return img, txt
 
@@ -145,16 +154,18 @@ class SingleStreamBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        normed: Tensor,
+        normed: Any,
         rows: Sequence[Tensor],
         rope: Tensor,
         keep: slice | None,
-    ) -> tuple[Tensor, Tensor]:
-        """``x [B, S + T + C, D]`` and that modulated, to the same for the next block or layer.
+        before_next: Before,
+    ) -> tuple[Tensor, Any]:
+        """``x [B, S + T + C, D]`` and that modulated, a Tensor or Rows, to the same for the next
+        block or layer.
 
         rows: this block's gate, then what modulates the result, the next one's shift and scale.
         keep: the only tokens that are needed after this block, or None for all; keys and values
-        come from all tokens either way.
+        come from all tokens either way. before_next: the ops of whoever takes the result.
         """
         ops, (gate, next_shift, next_scale) = self.kernels, rows
         q_rope = rope
@@ -162,13 +173,13 @@ class SingleStreamBlock(nn.Module):
             q, k, v, up = self.linear1(normed)
         else:
             k, v = self.linear1.part(normed, 1, 3)
-            x, normed, q_rope = x[:, keep], normed[:, keep], rope[keep]
+            x, normed, q_rope = x[:, keep], tokens_of(normed, keep), rope[keep]
             (q,), (up,) = self.linear1.part(normed, 0, 1), self.linear1.part(normed, 3, 4)
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))
         q = ops.norm_rope(q, self.norm.query_norm.scale, q_rope)
         k = ops.norm_rope(k, self.norm.key_norm.scale, rope)
-        y = self.linear2(ops.gelu_beside(ops.attention(q, k, v), up))
-        return ops.residual_modulate(x, gate, y, next_shift, next_scale)
+        y = self.linear2(ops.before(self.linear2).gelu_beside(ops.attention(q, k, v), up))
+        return before_next.residual_modulate(x, gate, y, next_shift, next_scale)
 
 
 class SelfAttention(nn.Module):
@@ -183,7 +194,7 @@ class SelfAttention(nn.Module):
         self.norm = QKNorm(config.head_dim)
         self.proj = nn.Linear(D, D)
 
-    def forward(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor | Rows, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``x [B, tokens, D]`` to q, k, v, each ``[B, tokens, H, d]``, q and k rotated."""
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in self.qkv(x))
         q = self.kernels.norm_rope(q, self.norm.query_norm.scale, rope)
@@ -260,20 +271,18 @@ class RMSScale(nn.Module):
         self.scale = nn.Parameter(torch.ones(dim))
 
 
-class Activation(nn.Module):
-    """A kernel as a module."""
+class FeedForward(nn.Sequential):
+    """That of one stream; its layers are called 0 and 2, as in the checkpoint."""
 
-    def __init__(self, kernels: KernelSet) -> None:
-        super().__init__()
+    def __init__(self, dim: int, hidden: int, kernels: KernelSet) -> None:
+        layers = {"0": nn.Linear(dim, hidden), "2": nn.Linear(hidden, dim)}
+        super().__init__(OrderedDict(layers))
         self.kernels = kernels
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.kernels.gelu(x)
-
-
-def mlp(dim: int, hidden: int, kernels: KernelSet) -> nn.Sequential:
-    """The feed-forward of one stream; its linears are numbers 0 and 2, as in the checkpoint."""
-    return nn.Sequential(nn.Linear(dim, hidden), Activation(kernels), nn.Linear(hidden, dim))
+    def forward(self, x: Tensor | Rows) -> Tensor:
+        up, down = self
+        out: Tensor = down(self.kernels.before(down).gelu(up(x)))
+        return out
 
 
 def sinusoid(x: Tensor) -> Tensor:

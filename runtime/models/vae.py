@@ -5,13 +5,18 @@ are applied by :func:`scale` and :func:`unscale`.
 """
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...kernels import reference
 from ..config import VaeConfig
+
+NormOp = Callable[..., Tensor]
+MakeNorm = Callable[..., "GroupNorm"]
 
 _EPS = 1e-6
 _OVERLAP = 0.25
@@ -19,13 +24,14 @@ _OVERLAP = 0.25
 
 
 class Vae(nn.Module):
-    """Encoder and decoder."""
+    """Encoder and decoder. norm_op: GroupNorm with or without SiLU, torch's if None."""
 
-    def __init__(self, config: VaeConfig) -> None:
+    def __init__(self, config: VaeConfig, norm_op: NormOp | None = None) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        norm = partial(GroupNorm, norm_op or reference().group_norm_silu, config.norm_num_groups)
+        self.encoder = Encoder(config, norm)
+        self.decoder = Decoder(config, norm)
 
     def encode(self, pixels: Tensor, tile: int = 0) -> Tensor:
         """``[B, 3, H, W]`` in -1..1 to the mean latents ``[B, C, H / 8, W / 8]``.
@@ -107,17 +113,17 @@ def unpack(tokens: Tensor, width: int, height: int) -> Tensor:
 class Encoder(nn.Module):
     """Pixels to mean and log-variance."""
 
-    def __init__(self, config: VaeConfig) -> None:
+    def __init__(self, config: VaeConfig, norm: MakeNorm) -> None:
         super().__init__()
-        widths, groups = config.block_out_channels, config.norm_num_groups
+        widths = config.block_out_channels
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
         self.down = nn.ModuleList()
         for i, (inner, outer) in enumerate(zip((widths[0], *widths), widths, strict=False)):
             last = i == len(widths) - 1
-            blocks = _stack(inner, outer, config.layers_per_block, groups)
+            blocks = _stack(inner, outer, config.layers_per_block, norm)
             self.down.append(Level(blocks, downsample=None if last else Downsample(outer)))
-        self.mid = Middle(widths[-1], groups)
-        self.norm_out = nn.GroupNorm(groups, widths[-1], _EPS)
+        self.mid = Middle(widths[-1], norm)
+        self.norm_out = norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -125,30 +131,30 @@ class Encoder(nn.Module):
         for level in self.down:
             x = level(x)
         x = self.mid(x)
-        x = self.conv_out(F.silu(self.norm_out(x)))
+        x = self.conv_out(self.norm_out(x))
         return x
 
 
 class Decoder(nn.Module):
     """Latents to pixels; ``up`` is numbered from the finest resolution, so it runs backwards."""
 
-    def __init__(self, config: VaeConfig) -> None:
+    def __init__(self, config: VaeConfig, norm: MakeNorm) -> None:
         super().__init__()
-        widths, groups = config.block_out_channels, config.norm_num_groups
+        widths = config.block_out_channels
         self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1], groups)
+        self.mid = Middle(widths[-1], norm)
         self.up = nn.ModuleList()
         for i, (outer, inner) in enumerate(zip(widths, (*widths[1:], widths[-1]), strict=True)):
-            blocks = _stack(inner, outer, config.layers_per_block + 1, groups)
+            blocks = _stack(inner, outer, config.layers_per_block + 1, norm)
             self.up.append(Level(blocks, upsample=Upsample(outer) if i > 0 else None))
-        self.norm_out = nn.GroupNorm(groups, widths[0], _EPS)
+        self.norm_out = norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         x: Tensor = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             x = level(x)
-        x = self.conv_out(F.silu(self.norm_out(x)))
+        x = self.conv_out(self.norm_out(x))
         return x
 
 
@@ -173,40 +179,51 @@ class Level(nn.Module):
         return x
 
 
-def _stack(inner: int, outer: int, depth: int, groups: int) -> nn.Sequential:
+def _stack(inner: int, outer: int, depth: int, norm: MakeNorm) -> nn.Sequential:
     return nn.Sequential(
-        *(ResnetBlock(inner if i == 0 else outer, outer, groups) for i in range(depth))
+        *(ResnetBlock(inner if i == 0 else outer, outer, norm) for i in range(depth))
     )
 
 
 class Middle(nn.Module):
     """The lowest resolution: a block, attention over all places, a block."""
 
-    def __init__(self, width: int, groups: int) -> None:
+    def __init__(self, width: int, norm: MakeNorm) -> None:
         super().__init__()
-        self.block_1 = ResnetBlock(width, width, groups)
-        self.attn_1 = AttnBlock(width, groups)
-        self.block_2 = ResnetBlock(width, width, groups)
+        self.block_1 = ResnetBlock(width, width, norm)
+        self.attn_1 = AttnBlock(width, norm)
+        self.block_2 = ResnetBlock(width, width, norm)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.block_2(self.attn_1(self.block_1(x)))
         return x
 
 
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm and, but for attention, the SiLU after it, by one op."""
+
+    def __init__(self, op: NormOp, groups: int, channels: int, silu: bool = True) -> None:
+        super().__init__(groups, channels, _EPS)
+        self.op, self.silu = op, silu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x, self.num_groups, self.weight, self.bias, self.eps, self.silu)
+
+
 class ResnetBlock(nn.Module):
     """Two convolutions around a skip."""
 
-    def __init__(self, inner: int, outer: int, groups: int) -> None:
+    def __init__(self, inner: int, outer: int, norm: MakeNorm) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, inner, _EPS)
+        self.norm1 = norm(inner)
         self.conv1 = nn.Conv2d(inner, outer, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, outer, _EPS)
+        self.norm2 = norm(outer)
         self.conv2 = nn.Conv2d(outer, outer, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(inner, outer, 1) if inner != outer else None
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.conv1(F.silu(self.norm1(x)))
-        hidden = self.conv2(F.silu(self.norm2(hidden)))
+        hidden = self.conv1(self.norm1(x))
+        hidden = self.conv2(self.norm2(hidden))
         x = x if self.nin_shortcut is None else self.nin_shortcut(x)
         return torch.add(x, hidden)
 
@@ -214,9 +231,9 @@ class ResnetBlock(nn.Module):
 class AttnBlock(nn.Module):
     """Single-head attention over all places of a feature map."""
 
-    def __init__(self, width: int, groups: int) -> None:
+    def __init__(self, width: int, norm: MakeNorm) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(groups, width, _EPS)
+        self.norm = norm(width, silu=False)
         self.q = nn.Conv2d(width, width, 1)
         self.k = nn.Conv2d(width, width, 1)
         self.v = nn.Conv2d(width, width, 1)

@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from fluxkontext.kernels import KernelSet, kernel_set, reference, select
+from fluxkontext.kernels import KernelSet, candidates, reference, select
 from fluxkontext.kernels.chips import CHIPS
+from fluxkontext.kernels.quantize import Rows, quantize_rows_ref
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 BF16 = torch.bfloat16
@@ -14,8 +15,8 @@ BF16 = torch.bfloat16
 
 @pytest.fixture
 def _h100(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel_set, "unsupported", lambda device: None)
-    monkeypatch.setattr(kernel_set, "chip_of", lambda device: CHIPS[90])
+    monkeypatch.setattr(candidates, "unsupported", lambda device: None)
+    monkeypatch.setattr(candidates, "chip_of", lambda device: CHIPS[90])
 
 
 def ops(kernels: KernelSet) -> dict[str, str]:
@@ -58,6 +59,7 @@ def test_what_does_not_fit_is_left_out() -> None:
     ("named", "message"),
     [
         ({"gelu": "triton"}, "gelu: triton cannot be used: .* CUDA device, found cpu"),
+        ({"attention": "fp8"}, "attention: fp8 cannot be used: .* CUDA device, found cpu"),
         ({"gelu": "cuda"}, "gelu has no implementation 'cuda'"),
         ({"swish": "torch"}, "no op is called"),
     ],
@@ -71,3 +73,31 @@ def test_what_is_named_is_not_replaced(named: dict[str, str], message: str) -> N
 def test_a_named_kernel_without_a_configuration() -> None:
     with pytest.raises(ValueError, match="no configuration for heads of 96"):
         select(GPU, BF16, head_dim=96, named={"attention": "triton"})
+
+
+@pytest.mark.usefixtures("_h100")
+def test_what_computes_something_else_has_to_be_named() -> None:
+    assert ops(select(GPU, BF16))["attention"] == "torch"
+    assert ops(select(GPU, BF16, named={"attention": "fp8"}))["attention"] == "fp8"
+
+
+def test_layers_that_take_rows_get_them() -> None:
+    """The next layer says what the op before it writes."""
+    kernels, plain = reference(), torch.nn.Linear(64, 8)
+    taker = torch.nn.Linear(64, 8)
+    taker.takes_rows = True  # type: ignore[assignment]
+    x, left = torch.randn(2, 3, 64), torch.randn(2, 3, 16)
+    vector = torch.randn(2, 1, 64)
+    for op, args in {
+        "modulate": (x, vector, vector),
+        "gelu": (x,),
+        "gelu_beside": (left, x),
+    }.items():
+        wanted = getattr(kernels.before(plain), op)(*args)
+        rows = getattr(kernels.before(taker), op)(*args)
+        assert isinstance(rows, Rows), op
+        torch.testing.assert_close(rows, quantize_rows_ref(wanted), rtol=0, atol=0)
+    total, normed = kernels.before(plain).residual_modulate(x, vector, x, vector, vector)
+    same, rows = kernels.before(taker).residual_modulate(x, vector, x, vector, vector)
+    assert torch.equal(same, total)
+    assert torch.equal(rows.values.float(), quantize_rows_ref(normed).values.float())

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from fluxkontext.kernels import proven
+from fluxkontext.kernels.candidates import CANDIDATES, Candidate, Situation
 from fluxkontext.kernels.gelu import gelu_ref
-from fluxkontext.kernels.kernel_set import CANDIDATES, Candidate, Situation, reference
+from fluxkontext.kernels.kernel_set import reference
 from fluxkontext.kernels.proof import CASES, fault_of
 
 CPU = torch.device("cpu")
@@ -75,14 +76,16 @@ def test_every_op_has_a_case_that_its_reference_passes(dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize("op", CASES)
 def test_every_case_sees_an_error(op: str) -> None:
-    """One result in a hundred off by a tenth of its size is far outside."""
+    """One result in a hundred off by a tenth of its size is far outside; in FP8, whose own steps
+    are an eighth, off by a half."""
     plain = getattr(reference(), op)
+    factor = 1.5 if op.endswith("_rows") else 1.1
 
     def wrong(*args: Any) -> Any:
         results = plain(*args)
         first = results if isinstance(results, torch.Tensor) else results[0]
         values = first.float()
-        values.flatten()[::100] *= 1.1
+        values.flatten()[::100] *= factor
         first.copy_(values.to(first.dtype))
         return results
 

@@ -58,6 +58,12 @@ def ops(device: torch.device) -> dict[str, tuple[Op, tuple[Any, ...]]]:
     }
     if chip_of(device).fp8:
         found["quantize_rows"] = (quantize._quantize_rows, (x,))
+        found["modulate_rows"] = (modulate._modulate_rows, (x, vector, vector))
+        residual = (x, vector, x, vector, vector)
+        found["residual_modulate_rows"] = (modulate._residual_modulate_rows, residual)
+        found["gelu_rows"] = (gelu._gelu_rows, (x,))
+        found["gelu_beside_rows"] = (gelu._gelu_beside_rows, (x[..., :16], x))
+        found["quantized_attention"] = (attention._quantized_attention, (q[:, 5:], k, v))
         arguments = (x8, x_scale, w8, w_scale.squeeze(-1), bias[None], 0)
         found["linear_fp8"] = (linear_fp8._linear_fp8, arguments)
     if chip_of(device).fp4:

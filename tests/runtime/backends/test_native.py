@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from fluxkontext.kernels import kernel_set
+from fluxkontext.kernels import candidates
+from fluxkontext.kernels.candidates import CANDIDATES, Candidate
 from fluxkontext.kernels.gelu import gelu_ref
-from fluxkontext.kernels.kernel_set import CANDIDATES, Candidate
 from fluxkontext.runtime import KontextError, KontextPipeline
 from fluxkontext.runtime.backends.native import NativeBackend
+from fluxkontext.runtime.errors import BackendUnavailableError
+from fluxkontext.runtime.models.quantised import Fp8Linear
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
 EDIT: dict[str, Any] = {
@@ -38,11 +41,43 @@ def test_says_which_kernels_run(pipe: KontextPipeline) -> None:
     assert pipe(**EDIT).settings[0]["kernels"] == pipe.about["kernels"]
 
 
+def test_a_named_kernel_runs_or_says_why_not(small_model: Path) -> None:
+    load = partial(KontextPipeline.from_pretrained, small_model, backend="native", device="cpu")
+    assert "norm_rope=torch" in load(kernels={"norm_rope": "torch"}).about["kernels"]
+    for named, found in (
+        ({"attention": "fp8"}, "attention: fp8 cannot be used"),
+        ({"attention": "flash"}, "no implementation 'flash'; it has"),
+        ({"softmax": "torch"}, "no op is called"),
+    ):
+        with pytest.raises(BackendUnavailableError, match=found):
+            load(kernels=named)
+
+
+def test_fp8_layers_are_fed_by_the_ops_before_them(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No layer of a block quantises its input in a pass of its own, but for attention's result."""
+    pipe = KontextPipeline.from_pretrained(
+        small_model, backend="native", device="cpu", precision="fp8"
+    )
+    seen: list[str] = []
+    for name, layer in pipe.backend.denoiser.named_modules():
+        if isinstance(layer, Fp8Linear):
+            layer.register_forward_pre_hook(
+                lambda _, args, name=name: (
+                    seen.append(name) if isinstance(args[0], torch.Tensor) else None
+                )
+            )
+    pipe(**EDIT)
+    assert seen
+    assert all(name.endswith("attn.proj") for name in seen), set(seen)
+
+
 def test_loads_with_torchs_op_where_a_kernel_is_wrong(
     small_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     wrong = Candidate("wrong", lambda x: 1.01 * gelu_ref(x), lambda _: None)
-    monkeypatch.setitem(kernel_set.CANDIDATES, "gelu", (wrong, *CANDIDATES["gelu"]))  # type: ignore[arg-type]
+    monkeypatch.setitem(candidates.CANDIDATES, "gelu", (wrong, *CANDIDATES["gelu"]))  # type: ignore[arg-type]
     with caplog.at_level(logging.WARNING):
         pipe = KontextPipeline.from_pretrained(small_model, backend="native", device="cpu")
     assert "gelu=sigmoid" in pipe.about["kernels"]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fluxkontext.kernels import reference
+from fluxkontext.kernels.quantize import quantize_rows_ref, tokens_of
 from fluxkontext.runtime.models.quantised import (
     QuantisedLinear,
     QuantisedWeight,
@@ -244,3 +245,23 @@ def test_rows_are_quantised_in_chunks_without_a_trace(
     monkeypatch.setattr("fluxkontext.runtime.models.quantised.CHUNK", 7)
     for name, tensor in quantise(layer().weight, form).items():
         assert torch.equal(tensor.float(), whole[name].float()), name
+
+
+@pytest.mark.parametrize(("form", "takes"), VARIANTS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_only_dynamic_fp8_takes_rows(form: str, takes: str, bias: bool) -> None:
+    module = quantised(form, takes, layer(bias=bias))
+    assert module.takes_rows == ((form, takes, bias) == ("fp8", "dynamic", True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_come_quantised_give_the_same_bits(dtype: torch.dtype) -> None:
+    module, x = quantised("fp8", "dynamic", layer(fused=True), dtype), inputs_of(dtype)
+    rows = quantize_rows_ref(x)
+    for given, found in zip(module(x), module(rows), strict=True):
+        assert found.dtype == dtype
+        assert torch.equal(given, found)
+    (part,), (same,) = module.part(x, 1, 2), module.part(rows, 1, 2)
+    assert torch.equal(part, same)
+    kept = tokens_of(rows, slice(2, 5))
+    torch.testing.assert_close(module.part(kept, 1, 2)[0], part[:, 2:5])

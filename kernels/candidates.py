@@ -1,0 +1,278 @@
+"""Which implementations every op has, where each can run, and which of them is chosen."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .attention import (
+    CONFIGS,
+    attention,
+    attention_ref,
+    quantized_attention,
+    quantized_attention_ref,
+)
+from .attention_tma import CONFIGS as TMA_CONFIGS
+from .chips import chip_of, unsupported
+from .gate_residual import gate_residual, gate_residual_ref
+from .gelu import (
+    gelu,
+    gelu_beside,
+    gelu_beside_ref,
+    gelu_beside_rows,
+    gelu_beside_rows_ref,
+    gelu_beside_sigmoid,
+    gelu_ref,
+    gelu_rows,
+    gelu_rows_ref,
+    gelu_sigmoid,
+)
+from .group_norm import group_norm_silu, group_norm_silu_ref
+from .kernel_set import KernelSet
+from .linear_fp8 import CONFIGS as FP8_CONFIGS
+from .linear_fp8 import linear_fp8, linear_fp8_ref, linear_fp8_scaled_mm
+from .linear_w4a4 import CONFIGS as W4A4_CONFIGS
+from .linear_w4a4 import linear_w4a4, linear_w4a4_ref
+from .linear_w4a16 import CONFIGS as W4A16_CONFIGS
+from .linear_w4a16 import linear_w4a16, linear_w4a16_ref
+from .modulate import (
+    modulate,
+    modulate_ref,
+    modulate_rows,
+    modulate_rows_ref,
+    residual_modulate,
+    residual_modulate_ref,
+    residual_modulate_rows,
+    residual_modulate_rows_ref,
+)
+from .norm_rope import norm_rope, norm_rope_complex, norm_rope_ref
+from .quantize import quantize_rows, quantize_rows_ref
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What implementations are chosen for. channels: of the VAE's levels."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    channels: tuple[int, ...] = (128,)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An implementation, and why it cannot be used in a situation; None if it can.
+
+    plain: what it is held to, where that is not the op's reference, since it computes something
+    else; such a one is used only where it is asked for by name.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    supports: Callable[[Situation], str | None]
+    plain: Callable[..., Any] | None = None
+
+
+def _anywhere(_: Situation) -> str | None:
+    return None
+
+
+def _on_gpu(situation: Situation) -> str | None:
+    if reason := unsupported(situation.device):
+        return reason
+    if situation.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"kernels take float32, float16 and bfloat16, not {situation.dtype}"
+    return None
+
+
+def _on_cpu(*dtypes: torch.dtype) -> Callable[[Situation], str | None]:
+    def reason(situation: Situation) -> str | None:
+        if situation.device.type == "cpu" and situation.dtype in dtypes:
+            return None
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        return f"it is for {names} on a CPU, found {situation.dtype} on {situation.device.type}"
+
+    return reason
+
+
+def _norm_rope(situation: Situation) -> str | None:
+    dim = situation.head_dim
+    power = dim >= 16 and not dim & (dim - 1)
+    return _on_gpu(situation) or (None if power else f"a head of {dim} is no power of two")
+
+
+def _attention(situation: Situation) -> str | None:
+    if reason := _on_gpu(situation):
+        return reason
+    key = (chip_of(situation.device).sm, situation.dtype.itemsize, situation.head_dim)
+    if key not in CONFIGS and key not in TMA_CONFIGS:
+        return f"no configuration for heads of {situation.head_dim} in {situation.dtype}"
+    return None
+
+
+def _attention_fp8(situation: Situation) -> str | None:
+    if reason := _fp8(situation):
+        return reason
+    key = (chip_of(situation.device).sm, 1, situation.head_dim)
+    if key not in CONFIGS and key not in TMA_CONFIGS:
+        return f"no configuration for heads of {situation.head_dim} in FP8"
+    return None
+
+
+def _group_norm(situation: Situation) -> str | None:
+    odd = [c for c in situation.channels if c & (c - 1)]
+    return _on_gpu(situation) or (f"{odd[0]} channels are no power of two" if odd else None)
+
+
+def _fp8(situation: Situation) -> str | None:
+    if reason := _on_gpu(situation):
+        return reason
+    chip = chip_of(situation.device)
+    return None if chip.fp8 and chip.sm in FP8_CONFIGS else f"sm_{chip.sm} does not multiply FP8"
+
+
+def _scaled_mm(situation: Situation) -> str | None:
+    if reason := _fp8(situation):
+        return reason
+    plain = situation.dtype == torch.bfloat16
+    return None if plain else f"torch scales rows for bfloat16 results, not {situation.dtype}"
+
+
+def _w4a16(situation: Situation) -> str | None:
+    if reason := _on_gpu(situation):
+        return reason
+    if situation.dtype not in (torch.float16, torch.bfloat16):
+        return f"the kernel takes float16 and bfloat16, not {situation.dtype}"
+    sm = chip_of(situation.device).sm
+    return None if sm in W4A16_CONFIGS else f"no configuration for sm_{sm}"
+
+
+def _w4a4(situation: Situation) -> str | None:
+    if reason := _on_gpu(situation):
+        return reason
+    chip = chip_of(situation.device)
+    return None if chip.fp4 and chip.sm in W4A4_CONFIGS else f"sm_{chip.sm} does not multiply FP4"
+
+
+CANDIDATES: Mapping[str, tuple[Candidate, ...]] = {
+    "modulate": (
+        Candidate("triton", modulate, _on_gpu),
+        Candidate("torch", modulate_ref, _anywhere),
+    ),
+    "modulate_rows": (
+        Candidate("triton", modulate_rows, _fp8),
+        Candidate("torch", modulate_rows_ref, _anywhere),
+    ),
+    "residual_modulate": (
+        Candidate("triton", residual_modulate, _on_gpu),
+        Candidate("torch", residual_modulate_ref, _anywhere),
+    ),
+    "residual_modulate_rows": (
+        Candidate("triton", residual_modulate_rows, _fp8),
+        Candidate("torch", residual_modulate_rows_ref, _anywhere),
+    ),
+    "norm_rope": (
+        Candidate("triton", norm_rope, _norm_rope),
+        Candidate(
+            "complex", norm_rope_complex, _on_cpu(torch.float32, torch.bfloat16, torch.float16)
+        ),
+        Candidate("torch", norm_rope_ref, _anywhere),
+    ),
+    # torch has cuDNN's and FlashAttention's kernels, which published figures put ahead of Triton's
+    # in 16 bits: 600 and 370 TFLOP/s against 392 on an H100 at 8k tokens (flash-attention, assets).
+    "attention": (
+        Candidate("torch", attention_ref, _anywhere),
+        Candidate("triton", attention, _attention),
+        Candidate("fp8", quantized_attention, _attention_fp8, quantized_attention_ref),
+    ),
+    "gate_residual": (
+        Candidate("triton", gate_residual, _on_gpu),
+        Candidate("torch", gate_residual_ref, _anywhere),
+    ),
+    "gelu": (
+        Candidate("triton", gelu, _on_gpu),
+        Candidate("sigmoid", gelu_sigmoid, _on_cpu(torch.float32)),
+        Candidate("torch", gelu_ref, _anywhere),
+    ),
+    "gelu_rows": (
+        Candidate("triton", gelu_rows, _fp8),
+        Candidate("torch", gelu_rows_ref, _anywhere),
+    ),
+    "gelu_beside": (
+        Candidate("triton", gelu_beside, _on_gpu),
+        Candidate("sigmoid", gelu_beside_sigmoid, _on_cpu(torch.float32)),
+        Candidate("torch", gelu_beside_ref, _anywhere),
+    ),
+    "gelu_beside_rows": (
+        Candidate("triton", gelu_beside_rows, _fp8),
+        Candidate("torch", gelu_beside_rows_ref, _anywhere),
+    ),
+    "group_norm_silu": (
+        Candidate("triton", group_norm_silu, _group_norm),
+        Candidate("torch", group_norm_silu_ref, _anywhere),
+    ),
+    "quantize_rows": (
+        Candidate("triton", quantize_rows, _fp8),
+        Candidate("torch", quantize_rows_ref, _anywhere),
+    ),
+    "linear_fp8": (
+        Candidate("triton", linear_fp8, _fp8),
+        Candidate("scaled_mm", linear_fp8_scaled_mm, _scaled_mm),
+        Candidate("torch", linear_fp8_ref, _anywhere),
+    ),
+    "linear_w4a16": (
+        Candidate("triton", linear_w4a16, _w4a16),
+        Candidate("torch", linear_w4a16_ref, _anywhere),
+    ),
+    "linear_w4a4": (
+        Candidate("triton", linear_w4a4, _w4a4),
+        Candidate("torch", linear_w4a4_ref, _anywhere),
+    ),
+}
+"""Implementations of every op, the best one first."""
+
+
+def select(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int = 128,
+    named: Mapping[str, str] | None = None,
+) -> KernelSet:
+    """The best implementation of every op, or of some ops the one that is ``named``.
+
+    Raises ValueError where what is named does not exist or cannot be used, and says why.
+    """
+    situation = Situation(device, dtype, head_dim)
+    named = named or {}
+    if unknown := named.keys() - CANDIDATES.keys():
+        raise ValueError(f"no op is called {sorted(unknown)}; there are {sorted(CANDIDATES)}")
+    return assembled({op: usable(op, situation, named.get(op))[0] for op in CANDIDATES})
+
+
+def assembled(chosen: Mapping[str, Candidate]) -> KernelSet:
+    """A set of one implementation for every op."""
+    name = " ".join(f"{op}={candidate.name}" for op, candidate in chosen.items())
+    return KernelSet(name=name, **{op: candidate.run for op, candidate in chosen.items()})
+
+
+def usable(
+    op: str,
+    situation: Situation,
+    name: str | None,
+    known: Mapping[str, tuple[Candidate, ...]] = CANDIDATES,
+) -> list[Candidate]:
+    """What can run ``op``, the best first; only what is called ``name``, if that is not None.
+    What computes something else than ``op``'s reference has to be called by name.
+
+    Raises ValueError if nothing can.
+    """
+    candidates = [c for c in known[op] if (c.plain is None if name is None else name == c.name)]
+    if not candidates:
+        names = [c.name for c in known[op]]
+        raise ValueError(f"{op} has no implementation {name!r}; it has {names}")
+    reasons = [candidate.supports(situation) for candidate in candidates]
+    found = [c for c, reason in zip(candidates, reasons, strict=True) if reason is None]
+    if not found:
+        raise ValueError(f"{op}: {name} cannot be used: {'; '.join(map(str, reasons))}")
+    return found
