@@ -21,6 +21,7 @@ from ..kernels.attention_inputs import (
     launch_attention_inputs,
     launch_quantize_attention,
 )
+from ..kernels.attention_libraries import FA3_HEAD_DIM, attention_fa3, has_fa3
 from ..kernels.chips import Chip
 from ..kernels.gate_residual import gate_residual_ref, launch_gate_residual
 from ..kernels.gelu import (
@@ -201,6 +202,7 @@ def _attention(chip: Chip, dim: int) -> Iterator[Timed]:
         {
             "triton": plain,
             "cudnn": _sdpa(SDPBackend.CUDNN_ATTENTION, q, k, v),
+            **({"fa3": lambda: attention_fa3(q, k, v)} if dim == FA3_HEAD_DIM and has_fa3() else {}),
             "flash": _sdpa(SDPBackend.FLASH_ATTENTION, q, k, v),
         },
     )  # fmt: skip

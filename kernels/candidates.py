@@ -13,6 +13,7 @@ from .attention import (
     quantized_attention,
     quantized_attention_ref,
 )
+from .attention_libraries import FA3_HEAD_DIM, attention_cudnn, attention_fa3, has_fa3
 from .attention_tma import CONFIGS as TMA_CONFIGS
 from .chips import chip_of, unsupported
 from .gate_residual import gate_residual, gate_residual_ref
@@ -111,6 +112,30 @@ def _attention(situation: Situation) -> str | None:
     return None
 
 
+def _half(situation: Situation) -> str | None:
+    if reason := _on_gpu(situation):
+        return reason
+    wide = situation.dtype == torch.float32
+    return "it takes float16 and bfloat16, not float32" if wide else None
+
+
+def _attention_cudnn(situation: Situation) -> str | None:
+    if reason := _half(situation):
+        return reason
+    sm = chip_of(situation.device).sm
+    return None if sm in (90, 100) else f"on sm_{sm} it is left to torch which kernel runs"
+
+
+def _attention_fa3(situation: Situation) -> str | None:
+    if reason := _half(situation):
+        return reason
+    if (sm := chip_of(situation.device).sm) != 90:
+        return f"FlashAttention-3 is for sm_90, not sm_{sm}"
+    if situation.head_dim != FA3_HEAD_DIM:
+        return f"its kernels are for heads of {FA3_HEAD_DIM}, not {situation.head_dim}"
+    return None if has_fa3() else "fa3-fwd is not installed: pip install --no-deps fa3-fwd einops"
+
+
 def _attention_fp8(situation: Situation) -> str | None:
     if reason := _fp8(situation):
         return reason
@@ -179,9 +204,9 @@ CANDIDATES: Mapping[str, tuple[Candidate, ...]] = {
         ),
         Candidate("torch", norm_rope_ref, _anywhere),
     ),
-    # torch has cuDNN's and FlashAttention's kernels, which published figures put ahead of Triton's
-    # in 16 bits: 600 and 370 TFLOP/s against 392 on an H100 at 8k tokens (flash-attention, assets).
     "attention": (
+        Candidate("fa3", attention_fa3, _attention_fa3),
+        Candidate("cudnn", attention_cudnn, _attention_cudnn),
         Candidate("torch", attention_ref, _anywhere),
         Candidate("triton", attention, _attention),
         Candidate("fp8", quantized_attention, _attention_fp8, quantized_attention_ref),

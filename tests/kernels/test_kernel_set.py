@@ -43,10 +43,21 @@ def test_a_cpu_gets_fewer_passes_where_they_pay(dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("_h100")
 def test_a_gpu_gets_kernels() -> None:
     chosen = ops(select(GPU, BF16))
-    assert chosen.pop("attention") == "torch"
+    assert chosen.pop("attention") == "cudnn"
     assert chosen.pop("linear_w4a4") == "torch"  # Hopper multiplies no FP4
     assert set(chosen.values()) == {"triton"}
     assert ops(select(GPU, BF16, named={"attention": "triton"}))["attention"] == "triton"
+
+
+@pytest.mark.usefixtures("_h100")
+def test_flash_attention_3_comes_first_where_it_is_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(ValueError, match="pip install --no-deps fa3-fwd"):
+        select(GPU, BF16, named={"attention": "fa3"})
+    monkeypatch.setattr(candidates, "has_fa3", lambda: True)
+    assert ops(select(GPU, BF16))["attention"] == "fa3"
+    assert ops(select(GPU, BF16, head_dim=64))["attention"] == "cudnn"
 
 
 @pytest.mark.usefixtures("_h100")
@@ -77,7 +88,7 @@ def test_a_named_kernel_without_a_configuration() -> None:
 
 @pytest.mark.usefixtures("_h100")
 def test_what_computes_something_else_has_to_be_named() -> None:
-    assert ops(select(GPU, BF16))["attention"] == "torch"
+    assert ops(select(GPU, BF16))["attention"] == "cudnn"
     assert ops(select(GPU, BF16, named={"attention": "fp8"}))["attention"] == "fp8"
 
 

@@ -13,7 +13,7 @@ KERNELS = {
     f"{op}={c.name}": (op, c)
     for op, known in CANDIDATES.items()
     for c in known
-    if c.name in ("triton", "fp8", "scaled_mm")
+    if c.name in ("triton", "fp8", "scaled_mm", "cudnn", "fa3")
 }
 
 
@@ -34,4 +34,7 @@ def test_kernel(
         pytest.skip("the kernel takes 16-bit types")
     if candidate.name == "scaled_mm" and dtype != torch.bfloat16:
         pytest.skip("it gives bfloat16")
-    assert fault_of(op, candidate, Situation(device, dtype, head_dim), width) is None
+    situation = Situation(device, dtype, head_dim)
+    if candidate.name in ("cudnn", "fa3") and (reason := candidate.supports(situation)):
+        pytest.skip(reason)
+    assert fault_of(op, candidate, situation, width) is None
