@@ -194,6 +194,7 @@ def _attention(chip: Chip, dim: int) -> Iterator[Timed]:
     q, k, v = qkv.unbind(2)
     out, rope = randn(1, TOKENS, WIDTH), rope_table(_positions(), HEAD_DIMS[dim], 1e4)
     flops = 4 * TOKENS**2 * WIDTH
+    fa3 = has_fa3() and dim == FA3_HEAD_DIM and chip.sm == 90
     plain = launch_attention(out, q, k, v, chip)
     prologue = launch_norm_rope(qkv[:, :, :2], qkv[:, :, :2], scales, TEXT_TOKENS, rope)
     rotation = Rotation(scales[0, 0], scales[0, 1], rope, rope)
@@ -202,7 +203,7 @@ def _attention(chip: Chip, dim: int) -> Iterator[Timed]:
         {
             "triton": plain,
             "cudnn": _sdpa(SDPBackend.CUDNN_ATTENTION, q, k, v),
-            **({"fa3": lambda: attention_fa3(q, k, v)} if dim == FA3_HEAD_DIM and has_fa3() else {}),
+            **({"fa3": lambda: attention_fa3(q, k, v)} if fa3 else {}),
             "flash": _sdpa(SDPBackend.FLASH_ATTENTION, q, k, v),
         },
     )  # fmt: skip

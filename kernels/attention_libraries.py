@@ -1,7 +1,7 @@
 """Attention by the kernels of cuDNN and FlashAttention-3, where these are installed.
 
-Published rates in 16 bits on an H100 at 8k tokens: FlashAttention-3 646 TFLOP/s, cuDNN 600,
-FlashAttention-2 370 (flash-attention, ``assets``); Triton 392. So the fastest that runs comes first.
+Published rates in 16 bits on an H100 at 8k tokens: FlashAttention-3 646 TFLOP/s, cuDNN 600, Triton
+392, FlashAttention-2 370 (flash-attention, ``assets``). So the fastest that runs comes first.
 """
 
 from importlib.util import find_spec
