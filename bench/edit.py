@@ -28,6 +28,7 @@ from .roofline import edit_flop
 from .scenarios import SCENARIOS, SUITE, Work, works
 from .stages import Stages, timed
 from .tables import latency_table
+from .threads import threads
 
 _TOGETHER = 4
 
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     args = _parser().parse_args(argv)
     load = OtherLoad()
-    with opened(args.model) as model:
+    with threads(args.threads, args.device), opened(args.model) as model:
         rows: list[Json] = []
         doubts = list(model.warnings)
         states: list[Json | None] = [None, None]

@@ -223,6 +223,8 @@ def repeat(document: Json) -> Section:
         ["Weights", "random, made for this run" if model["synthetic"] else model["digest"]],
         ["Parameters", "unknown" if parameters is None else f"{parameters:,}"],
     ]
+    if model.get("bundle"):
+        rows.append(["Bundle, with its graphs and engines", model["bundle"]])
     seeds = sorted({seed for row in document["results"] for seed in row["parameters"]["seeds"]})
     rows.append(["Seeds", wording.text(seeds)])
     return Section(
