@@ -11,8 +11,10 @@ from .wording import seconds
 Json = Mapping[str, Any]
 
 
-def headline(document: Json) -> Section:
-    """Cards of the comparisons and of the result to quote."""
+def headline(document: Json) -> Section | None:
+    """Cards of the comparisons and of the result to quote; kernels have none of these."""
+    if document["benchmark"] == "kernels":
+        return None
     row = quoted(document)
     cards = [_comparison_card(c) for c in document["comparisons"]]
     if row is not None:
