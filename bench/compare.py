@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ceilings = ceilings_of(base.device)
         counts, agreements = _counted(work, everyone)
         taken, readings = _warm(work, everyone, args)
-        starts = _cold(work, everyone, args.cold) if args.cold else {}
+        starts = _cold(work, everyone, args) if args.cold else {}
         parameters = work.parameters(pipe)
         doubts = [*model.warnings, *state_warnings(readings, None)]
         rows = []
@@ -209,13 +209,15 @@ def _warm(
     return taken, readings
 
 
-def _cold(work: Work, contestants: Sequence[Contestant], rounds: int) -> dict[str, Json]:
+def _cold(
+    work: Work, contestants: Sequence[Contestant], args: argparse.Namespace
+) -> dict[str, Json]:
     """New processes of each that can be one, interleaved."""
     with tempfile.TemporaryDirectory(prefix="fluxkontext-") as folder:
         commands = {
             one.name: one.first(work, Path(folder)) for one in contestants if one.first is not None
         }
-        return cold_rounds(commands, rounds)
+        return cold_rounds(commands, args.cold, args.quiet)
 
 
 def _first_pictures(starts: Mapping[str, Json], one: Contestant) -> list[float]:

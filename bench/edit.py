@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.cold:
                 chosen = cold_work(todo)
                 row = next(r for r in rows if r["name"] == label(chosen, pipe))
-                row["cold"] = _cold(chosen, pipe, model, args.cold)
+                row["cold"] = _cold(chosen, pipe, model, args)
         git = git_state()
         found = document(
             "edit",
@@ -182,7 +182,7 @@ def cold_work(todo: Sequence[Work]) -> Work:
     return max(todo, key=lambda work: (work.batch == 1, work.scenario == "edit", work.steps))
 
 
-def _cold(work: Work, pipe: KontextPipeline, model: Model, rounds: int) -> Json | None:
+def _cold(work: Work, pipe: KontextPipeline, model: Model, args: argparse.Namespace) -> Json | None:
     if work.batch != 1:
         return None
     about = pipe.about
@@ -190,7 +190,7 @@ def _cold(work: Work, pipe: KontextPipeline, model: Model, rounds: int) -> Json 
         command = command_of(
             work, model.path, about["backend"], about["precision"], about["device"], Path(folder)
         )
-        return cold_rounds({"": command}, rounds)[""]
+        return cold_rounds({"": command}, args.cold, args.quiet)[""]
 
 
 def _parser() -> Parser:

@@ -237,7 +237,9 @@ def repeat(document: Json) -> Section:
 
 
 def work(document: Json) -> Section | None:
-    """What each result computed: settings, tokens and counted forwards."""
+    """What each result computed: settings, tokens and counted forwards; kernels say it by name."""
+    if document["benchmark"] == "kernels":
+        return None
     rows = []
     for row in document["results"]:
         p = row["parameters"]
