@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
+from tqdm import tqdm
 
 from ..runtime.errors import KontextError
 from .document import Json, distribution
@@ -60,14 +61,24 @@ def command_of(
     ]
 
 
-def cold_rounds(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, Json]:
-    """So many new processes of each command, in rounds A B, B A ...; as the schema's ``cold``."""
+def cold_rounds(commands: Mapping[str, Sequence[str]], rounds: int, quiet: bool) -> dict[str, Json]:
+    """So many new processes of each command, in rounds A B, B A ...; as the schema's ``cold``.
+
+    quiet: without a progress bar.
+    """
     found: dict[str, list[tuple[float, Json]]] = {name: [] for name in commands}
     order = list(commands)
-    for _ in range(rounds):
-        for name in order:
-            found[name].append(first_picture(commands[name]))
-        order.reverse()
+    with tqdm(
+        total=rounds * len(order),
+        desc="new processes",
+        disable=True if quiet else None,
+        leave=False,
+    ) as bar:
+        for _ in range(rounds):
+            for name in order:
+                found[name].append(first_picture(commands[name]))
+                bar.update()
+            order.reverse()
     return {
         name: {
             "process_start_to_picture": distribution(seconds for seconds, _ in starts),

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 
 from tqdm import tqdm
@@ -18,18 +19,30 @@ from ..runtime.commands.parsing import Parser, count
 from ..runtime.errors import InvalidInputError, KontextError
 from .ceilings import measured as ceilings_of
 from .cold import cold_rounds
-from .contestants import MEMO, NAMES, ONNX, OURS, Contestant, agreement, ours, peer, same_work
+from .contestants import (
+    MEMO,
+    NAMES,
+    NATIVE,
+    ONNX,
+    OURS,
+    Contestant,
+    agreement,
+    ours,
+    peer,
+    same_work,
+)
 from .document import Json, distribution, document, result, warning
 from .environment import environment, git_state, git_warnings, reader_of
 from .measure import OtherLoad, interleaved, sample_warnings, throughput
-from .models import Model, opened
+from .models import Model, exported, opened
 from .nvml import state_warnings
 from .options import add_effort, common, deliver, effort_of, several, whole
 from .peers import PEERS
 from .ratio import CONFIDENCE, ratio_of_medians
-from .roofline import refuse_impossible
+from .roofline import edit_flop, refuse_impossible
 from .scenarios import SUITE, Work, works
 from .tables import latency_table
+from .threads import on_cpu, threads
 
 LEVELS = 1
 """Between pictures in fp32: another order of summation rounds a value differently, no more."""
@@ -39,26 +52,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     args = _parser().parse_args(argv)
     load = OtherLoad()
-    with opened(args.model) as model, ExitStack() as stack:
+    with ExitStack() as stack:
+        stack.enter_context(threads(args.threads, args.device))
+        model = stack.enter_context(opened(args.model))
+        graphs = _graphs(args, model, stack)
         base, pipe = stack.enter_context(
-            ours(OURS, model.path, args.backend, args.precision, args.device)
+            ours(OURS, graphs or model.path, args.backend, args.precision, args.device)
         )
         (work,) = works([args.scenario], pipe.grid, [args.steps], [1])
         if len(work.contexts) != 1:
             raise InvalidInputError(
                 f"scenario: expected one with one picture, found {work.scenario}"
             )
-        present, absent = _others(args, model, base, pipe, stack)
+        present, absent = _others(args, model, graphs, base, pipe, stack)
         everyone = [base, *present]
         ceilings = ceilings_of(base.device)
         counts, agreements = _counted(work, everyone)
         taken, readings = _warm(work, everyone, args)
-        starts = _cold(work, everyone, args.cold) if args.cold else {}
+        starts = _cold(work, everyone, args) if args.cold else {}
         parameters = work.parameters(pipe)
         doubts = [*model.warnings, *state_warnings(readings, None)]
         rows = []
         for one in everyone:
             name, done, samples = _label(work, one), counts[one.name], taken[one.name]
+            if done["flop"] is None and model.shapes is not None and one.exact:
+                done["flop"] = edit_flop(
+                    model.shapes.transformer, _as(parameters, one), done["forwards"]
+                )
             if done["flop"]:
                 refuse_impossible(name, done["flop"], min(samples), ceilings)
             rows.append(
@@ -104,27 +124,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _graphs(args: argparse.Namespace, model: Model, stack: ExitStack) -> Path | None:
+    """The model as a bundle where ours runs from one: asked for, or the usual way on a CPU."""
+    if args.backend in ("native", "tensorrt") and ONNX not in (args.peers or ()):
+        return None
+    if args.bundle is not None:
+        return Path(args.bundle)
+    wanted = args.backend == "onnx" or ONNX in (args.peers or ())
+    if not wanted and (not on_cpu(args.device) or find_spec("onnxscript") is None):
+        return None
+    return stack.enter_context(exported(model))
+
+
 def _others(
     args: argparse.Namespace,
     model: Model,
+    graphs: Path | None,
     base: Contestant,
     pipe: KontextPipeline,
     stack: ExitStack,
 ) -> tuple[list[Contestant], dict[str, str]]:
     """Those that are asked for and can run, and why the rest cannot."""
-    if unknown := [name for name in args.peers if name not in NAMES]:
+    another = [] if base.backend == "native" else [NATIVE]
+    asked = [MEMO, *another, *PEERS] if args.peers is None else args.peers
+    if unknown := [name for name in asked if name not in NAMES]:
         raise InvalidInputError(f"peers: expected some of {', '.join(NAMES)}, found {unknown[0]}")
+    where = {
+        MEMO: (graphs or model.path, base.backend, base.precision),
+        NATIVE: (model.path, "native", base.precision),
+        ONNX: (graphs or model.path, "onnx", "auto"),
+    }
     present: list[Contestant] = []
     absent: dict[str, str] = {}
-    for name in args.peers:
-        if name == MEMO:
-            again = ours(name, model.path, base.backend, base.precision, base.device)
+    for name in asked:
+        if name in where:
+            again = ours(name, *where[name], base.device)
             present.append(stack.enter_context(again)[0])
-        elif name == ONNX:
-            if args.bundle is None:
-                raise InvalidInputError(f"{ONNX}: expected --bundle, found none; export one first")
-            graphs = ours(name, args.bundle, "onnx", "auto", base.device)
-            present.append(stack.enter_context(graphs)[0])
         elif reason := PEERS[name].missing():
             absent[name] = reason
         else:
@@ -174,13 +209,15 @@ def _warm(
     return taken, readings
 
 
-def _cold(work: Work, contestants: Sequence[Contestant], rounds: int) -> dict[str, Json]:
+def _cold(
+    work: Work, contestants: Sequence[Contestant], args: argparse.Namespace
+) -> dict[str, Json]:
     """New processes of each that can be one, interleaved."""
     with tempfile.TemporaryDirectory(prefix="fluxkontext-") as folder:
         commands = {
             one.name: one.first(work, Path(folder)) for one in contestants if one.first is not None
         }
-        return cold_rounds(commands, rounds)
+        return cold_rounds(commands, args.cold, args.quiet)
 
 
 def _first_pictures(starts: Mapping[str, Json], one: Contestant) -> list[float]:
@@ -235,10 +272,11 @@ def _parser() -> Parser:
     parser.add_argument(
         "--peers",
         type=several,
-        default=[MEMO, *PEERS],
-        help=f"with commas, of {', '.join(NAMES)}; default: all but {ONNX}",
+        help=f"with commas, of {', '.join(NAMES)}; default: all that differ from ours",
     )
-    parser.add_argument("--bundle", type=Path, help=f"the model exported, for {ONNX}")
+    parser.add_argument(
+        "--bundle", type=Path, help="the model exported, from which ours runs; default: made anew"
+    )
     parser.add_argument(
         "--cold", type=whole, default=3, metavar="N", help="new processes; default: %(default)s"
     )

@@ -12,6 +12,7 @@ from ..runtime import KontextPipeline
 from ..runtime.backends.native import NativeBackend
 from .cold import command_of
 from .document import Json
+from .launched import launching, of_our_kernels
 from .models import Model
 from .peers import PEERS, Loaded, Peer, Pixels, first_picture_command
 from .scenarios import Work
@@ -19,8 +20,9 @@ from .stages import timed
 
 OURS = "fluxkontext"
 MEMO = "fluxkontext-memo"
+NATIVE = "fluxkontext-native"
 ONNX = "fluxkontext-onnx"
-NAMES = (MEMO, ONNX, *PEERS)
+NAMES = (MEMO, NATIVE, ONNX, *PEERS)
 """Whom ours can be compared with."""
 
 
@@ -57,6 +59,7 @@ def ours(
         memo_entries=16 if name == MEMO else 0,
     ) as pipe:
         about = pipe.about
+        kernels = of_our_kernels(pipe.backend.details.get("kernels", ""), about["precision"])
 
         def edit(work: Work) -> Pixels:
             return np.asarray(pipe(**work.arguments()).images[0])
@@ -70,6 +73,7 @@ def ours(
                 forwards += 1
 
             with ExitStack() as counting:
+                counting.enter_context(launching(name, kernels, about["device"]))
                 if isinstance(pipe.backend, NativeBackend):
                     hook = pipe.backend.denoiser.register_forward_pre_hook(count)
                     counting.callback(hook.remove)
@@ -110,7 +114,11 @@ def peer(known: Peer, model: Model, device: str, text_tokens: int) -> Contestant
         return loaded.edit(work, text_tokens)
 
     def counted(work: Work) -> tuple[Pixels, Json]:
-        with loaded.counted() as done:
+        expected = known.kernels.get(device.partition(":")[0])
+        with (
+            launching(known.name, [expected] if expected else [], device),
+            loaded.counted() as done,
+        ):
             picture = edit(work)
         return picture, done
 

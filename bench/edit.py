@@ -28,6 +28,7 @@ from .roofline import edit_flop
 from .scenarios import SCENARIOS, SUITE, Work, works
 from .stages import Stages, timed
 from .tables import latency_table
+from .threads import threads
 
 _TOGETHER = 4
 
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     args = _parser().parse_args(argv)
     load = OtherLoad()
-    with opened(args.model) as model:
+    with threads(args.threads, args.device), opened(args.model) as model:
         rows: list[Json] = []
         doubts = list(model.warnings)
         states: list[Json | None] = [None, None]
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.cold:
                 chosen = cold_work(todo)
                 row = next(r for r in rows if r["name"] == label(chosen, pipe))
-                row["cold"] = _cold(chosen, pipe, model, args.cold)
+                row["cold"] = _cold(chosen, pipe, model, args)
         git = git_state()
         found = document(
             "edit",
@@ -181,7 +182,7 @@ def cold_work(todo: Sequence[Work]) -> Work:
     return max(todo, key=lambda work: (work.batch == 1, work.scenario == "edit", work.steps))
 
 
-def _cold(work: Work, pipe: KontextPipeline, model: Model, rounds: int) -> Json | None:
+def _cold(work: Work, pipe: KontextPipeline, model: Model, args: argparse.Namespace) -> Json | None:
     if work.batch != 1:
         return None
     about = pipe.about
@@ -189,7 +190,7 @@ def _cold(work: Work, pipe: KontextPipeline, model: Model, rounds: int) -> Json 
         command = command_of(
             work, model.path, about["backend"], about["precision"], about["device"], Path(folder)
         )
-        return cold_rounds({"": command}, rounds)[""]
+        return cold_rounds({"": command}, args.cold, args.quiet)[""]
 
 
 def _parser() -> Parser:

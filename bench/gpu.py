@@ -31,6 +31,7 @@ from .options import add_effort, common, deliver, effort_of, several, whole
 from .roofline import refuse_impossible, roofline, step_cost
 from .scenarios import Work, works
 from .tables import latency_table
+from .threads import threads
 
 SUITE = ("gpu", 1)
 """Name and version of :data:`_WORKS` and the model's shapes; what changes a figure raises it."""
@@ -49,7 +50,17 @@ _LADDER = {"cuda": ["bf16", "fp8", "nvfp4"], "cpu": ["fp32", "bf16"]}
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     args = _parser().parse_args(argv)
-    device, model = _device(args.device), MODELS[args.spec]
+    device = _device(args.device)
+    command = ["fluxkontext", "bench", "gpu", *(sys.argv[1:] if argv is None else argv)]
+    with threads(args.threads, device):
+        found = _rated(args, device, command)
+    deliver(found, args, latency_table(found))
+    return 0
+
+
+def _rated(args: argparse.Namespace, device: str, command: Sequence[str]) -> Json:
+    """The whole document."""
+    model = MODELS[args.spec]
     ladder = args.precision or _LADDER[device.partition(":")[0]]
     others = OtherLoad()
     ceilings = ceilings_of(device)
@@ -67,11 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     git = git_state()
     states = [row["devices"] for row in rows if row["devices"]]
     around = (states[0]["before"], states[-1]["after"]) if states else (None, None)
-    text = document(
+    return document(
         "gpu",
         SUITE,
         git=git,
-        command=["fluxkontext", "bench", "gpu", *(sys.argv[1:] if argv is None else argv)],
+        command=command,
         model=model.facts(),
         environment=environment(device, *around),
         warnings=[*git_warnings(git), *doubts, *others.warnings()],
@@ -79,8 +90,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         ceilings=ceilings,
         headline=best and headline(best),
     )
-    deliver(text, args, latency_table(text))
-    return 0
 
 
 def headline(row: Json) -> Json:

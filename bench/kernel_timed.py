@@ -54,7 +54,8 @@ LINEARS = {
 
 @dataclass(frozen=True)
 class Timed:
-    """One problem. bytes: least traffic; flops: of its products; ceiling: what does these."""
+    """One problem. bytes: least traffic; flops: of its products; ceiling: what does these. runs:
+    implementation -> a call of it, whose name begins with ``triton`` where it is ours."""
 
     kernel: str
     bytes: int
@@ -266,7 +267,7 @@ def _linear(chip: Chip, name: str, inner: int, columns: int) -> Iterator[Timed]:
     quantize = launch_quantize_nvfp4(x4, x)
     product = launch_linear_w4a4(out, x4, packed, bias, chip)
     yield Timed(
-        f"linear_w4a4 {name}", size(x4.packed, packed.packed, out), flops, "fp8",
+        f"linear_w4a4 {name}", size(x4.packed, packed.packed, out), flops, "nvfp4",
         {"triton": product, "triton, quantize before": in_turn(quantize, product)},
     )  # fmt: skip
 

@@ -1,47 +1,52 @@
-"""Benchmarks of the kernels: ``python -m fluxkontext.bench.kernels [--static]``.
+"""``fluxkontext bench kernels``: every op beside its torch reference and the best peer.
 
-``--static`` compiles every kernel for every chip and needs no GPU. Otherwise kernels are timed on
-the GPU that is there, and judged by its measured ceilings.
+On a GPU at the full model's sizes, on a CPU at the miniature's; each from cold caches, and judged
+by the device's measured ceilings. ``--static`` compiles all for every chip and runs nothing.
 """
 
 import argparse
 import json
-import statistics
-import subprocess
 import sys
-from collections.abc import Sequence
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
-import triton
 
 from ..kernels.chips import CHIPS, chip_of, unsupported
-from .gpu_timing import ceilings, milliseconds
+from ..runtime.commands.parsing import Parser, count
+from ..runtime.errors import BackendUnavailableError, InvalidInputError
+from . import kernel_cpu, kernel_timed
+from .ceilings import measured as ceilings_of
+from .document import Json, distribution, document, result
+from .environment import environment, git_state, git_warnings, reader_of
+from .gpu_timing import milliseconds
 from .kernel_static import as_json, as_table, static_rows
-from .kernel_timed import Timed, problems
+from .kernel_timed import Timed
+from .measure import Effort, OtherLoad, interleaved, sample_warnings
+from .nvml import state_warnings
+from .options import common, deliver
+from .roofline import refuse_impossible
+from .tables import latency_table
+from .threads import on_cpu, threads
+
+SUITE = ("kernels", 1)
+"""Name and version of the problems' shapes; what changes a figure raises it."""
+_WARMUP = 5
+_CACHES = 2**26
+"""Bytes that are written before each sample on a CPU: more than its caches."""
+_MODEL: Json = {"digest": "synthetic", "synthetic": True, "parameters": None}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print a table, or one JSON document; 1 if a kernel must not be launched as it is."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fluxkontext.bench.kernels", description="Compile or time the kernels."
-    )
-    parser.add_argument("--static", action="store_true", help="compile for all chips, run nothing")
-    parser.add_argument("--kernel", default="", metavar="TEXT", help="only names that contain it")
-    parser.add_argument(
-        "--chip", type=int, action="append", choices=CHIPS, help="with --static; default: all"
-    )
-    parser.add_argument("--samples", type=int, default=30, help="default: %(default)s")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
-    args = parser.parse_args(argv)
+    """Command line; with --static, 1 if a kernel must not be launched as it is."""
+    args = _parser().parse_args(argv)
     if args.static:
         return _static(args)
-    if reason := unsupported(torch.device("cuda")) if torch.cuda.is_available() else "no GPU":
-        print(f"nothing to time: {reason}; --static needs no GPU", file=sys.stderr)
-        return 1
-    print(_timings(args))
+    device = _device(args.device)
+    command = ["fluxkontext", "bench", "kernels", *(sys.argv[1:] if argv is None else argv)]
+    with threads(args.threads, device), torch.inference_mode():
+        found = _document(args, device, command)
+    deliver(found, args, latency_table(found))
     return 0
 
 
@@ -54,81 +59,161 @@ def _static(args: argparse.Namespace) -> int:
     return 1 if faulty else 0
 
 
-def _timings(args: argparse.Namespace) -> str:
-    device = torch.device("cuda", torch.cuda.current_device())
-    torch.manual_seed(0)
-    with torch.inference_mode(), device:
-        best = ceilings()
-        results = [
-            _measured(problem, best, args.samples)
-            for problem in problems(chip_of(device))
-            if args.kernel in problem.kernel
-        ]
-    document = {"environment": _environment(device), "ceilings": best, "kernels": results}
-    if args.json:
-        return json.dumps(document)
-    lines = [f"{'kernel':40} {'implementation':26} {'ms':>8} {'p95':>8} {'TB/s':>6} {'TFLOP/s':>8}"]
-    for result in results:
-        for run in result["runs"]:
-            values = [run.get(key, float("nan")) for key in ("median", "p95", "tbps", "tflops")]
-            numbers = "{:8.4f} {:8.4f} {:6.2f} {:8.1f}".format(*values)
-            share = f"{run['share']:.0%} of its ceiling" if "share" in run else run["error"]
-            lines.append(f"{result['kernel']:40} {run['name']:26} {numbers} {share}")
-    return "\n".join(lines)
-
-
-def _measured(problem: Timed, best: dict[str, list[float]], samples: int) -> dict[str, Any]:
-    """Samples of every implementation, and the share it reaches of what the chip could do."""
-    least = problem.bytes / statistics.median(best["copy"])
-    least = max(least, problem.flops / statistics.median(best[problem.ceiling]))
-    runs: list[dict[str, Any]] = []
-    for name, work in problem.runs.items():
-        try:
-            taken = sorted(milliseconds(work, samples))
-        except Exception as error:  # a peer that this machine lacks is a row, not the end
-            runs.append({"name": name, "error": f"{type(error).__name__}: {error}"[:200]})
-            continue
-        seconds = statistics.median(taken) / 1e3
-        runs.append(
-            {
-                "name": name,
-                "samples_ms": taken,
-                "median": seconds * 1e3,
-                "p95": taken[int(0.95 * (len(taken) - 1))],
-                "tbps": problem.bytes / seconds / 1e12,
-                "tflops": problem.flops / seconds / 1e12,
-                "share": least / seconds,
-            }
+def _device(asked: str) -> str:
+    if on_cpu(asked):
+        return "cpu"
+    reason: str | None = "none"
+    if torch.cuda.is_available():
+        index = torch.cuda.current_device() if ":" not in asked else int(asked.split(":")[1])
+        asked = f"cuda:{index}"
+        reason = unsupported(torch.device(asked))
+    if reason is not None:
+        raise BackendUnavailableError(
+            f"device: expected a GPU that runs Triton kernels, found {reason}; --device cpu times "
+            "what runs there, --static needs no GPU"
         )
-    return {
-        "kernel": problem.kernel,
-        "bytes": problem.bytes,
-        "flops": problem.flops,
-        "ceiling": problem.ceiling,
-        "runs": runs,
-    }
+    return asked
 
 
-def _environment(device: torch.device) -> dict[str, Any]:
-    """What a reader needs to repeat the measurement."""
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
+def _document(args: argparse.Namespace, device: str, command: Sequence[str]) -> Json:
+    others, reader = OtherLoad(), reader_of(device)
+    ceilings = ceilings_of(device)
+    before = reader.state() if reader else None
+    rows: list[Json] = []
+    doubts: list[Json] = []
+    for problem in _problems(device):
+        if args.kernel not in problem.kernel:
+            continue
+        for row in rows_of(problem, device, args.samples, ceilings):
+            rows.append(row)
+            if row["latency"]:
+                doubts += sample_warnings(row["latency"]["values"], row["name"])
+    if not rows:
+        raise InvalidInputError(f"--kernel: expected a part of a name, found {args.kernel!r}")
+    after = reader.state() if reader else None
+    git, size = git_state(), "miniature" if device == "cpu" else "full"
+    return document(
+        "kernels",
+        SUITE,
+        git=git,
+        command=command,
+        model={"name": f"{size} size, random numbers", **_MODEL},
+        environment=environment(device, before, after),
+        warnings=[
+            *git_warnings(git),
+            *doubts,
+            *state_warnings([before, after], None),
+            *others.warnings(),
+        ],
+        results=rows,
+        ceilings=ceilings,
     )
-    properties = torch.cuda.get_device_properties(device)
+
+
+def _problems(device: str) -> Iterator[Timed]:
+    if device == "cpu":
+        yield from kernel_cpu.problems()
+        return
+    torch.manual_seed(0)
+    with torch.device(device):
+        yield from kernel_timed.problems(chip_of(torch.device(device)))
+
+
+def rows_of(problem: Timed, device: str, samples: int, ceilings: Json) -> Iterator[Json]:
+    """A result of every implementation; one that cannot run here is a row that says why."""
+    taken, reasons = (_on_cpu if device == "cpu" else _on_gpu)(problem.runs, samples)
+    for name in problem.runs:
+        label, parameters = f"{problem.kernel}: {name}", _parameters(problem, name, device)
+        if name in reasons:
+            yield result(label, problem.kernel, parameters, reason=reasons[name])
+            continue
+        latency = distribution(taken[name])
+        if problem.flops and problem.ceiling in ceilings["flops"]:
+            refuse_impossible(label, problem.flops, min(taken[name]), ceilings)
+        yield result(
+            label,
+            problem.kernel,
+            parameters,
+            warmup=_WARMUP,
+            latency=latency,
+            roofline=_roofline(problem, latency["p50"], ceilings),
+        )
+
+
+def _on_gpu(
+    runs: Mapping[str, Callable[[], object]], samples: int
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds by implementation, and why others cannot run."""
+    taken, reasons = {}, {}
+    for name, work in runs.items():
+        try:
+            taken[name] = [ms / 1e3 for ms in milliseconds(work, samples, _WARMUP)]
+        except Exception as error:  # a peer that this machine lacks is a row, not the end
+            reasons[name] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return taken, reasons
+
+
+def _on_cpu(
+    runs: Mapping[str, Callable[[], object]], samples: int
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """The same, in turns."""
+    caches = torch.empty(_CACHES, dtype=torch.uint8)
+    flush = partial(caches.fill_, 1)
+    effort = Effort(_WARMUP, samples)
+    return interleaved(runs, effort, warmed=flush, after=lambda *_: flush()), {}
+
+
+def _roofline(problem: Timed, seconds: float, ceilings: Json) -> Json | None:
+    """As the schema's; None where the product that bounds it was not measured."""
+    traffic = problem.bytes / ceilings["copy"]["p50"]
+    peak = ceilings["flops"].get(problem.ceiling)
+    if problem.flops and peak is None:
+        return None
+    compute = problem.flops / peak["p50"] if problem.flops else 0.0
+    floor = max(traffic, compute)
     return {
-        "command": sys.argv,
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip() or None,
-        "gpu": properties.name,
-        "multiprocessors": properties.multi_processor_count,
-        "memory": properties.total_memory,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "triton": triton.__version__,
+        "flop": problem.flops,
+        "bytes": problem.bytes,
+        "floor": floor,
+        "share": floor / seconds,
+        "bound": "flop" if compute >= traffic else "bytes",
     }
+
+
+def _parameters(problem: Timed, name: str, device: str) -> Json:
+    """Of the edit whose step, or stage, launches it."""
+    mini = device == "cpu"
+    side = 128 if mini else 1024
+    tokens = (side // 16) ** 2
+    return {
+        "width": side,
+        "height": side,
+        "steps": 1,
+        "batch": 1,
+        "contexts": [{"width": side, "height": side}],
+        "precision": problem.ceiling,
+        "backend": "triton" if name.startswith("triton") else "torch",
+        "device": device,
+        "implementation": name,
+        "guidance": 1.0,
+        "seeds": [0],
+        "tokens": {"target": tokens, "context": tokens, "text": 32 if mini else 512},
+    }
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="fluxkontext bench kernels",
+        description="Time the kernels, or compile them for every GPU.",
+        parents=[common(model=False)],
+    )
+    parser.add_argument("--static", action="store_true", help="compile for all chips, run nothing")
+    parser.add_argument("--kernel", default="", metavar="TEXT", help="only names that contain it")
+    parser.add_argument(
+        "--chip", type=int, action="append", choices=CHIPS, help="with --static; default: all"
+    )
+    parser.add_argument("--samples", type=count, default=30, help="default: %(default)s")
+    return parser
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from .nvml import state_warnings
 from .options import common, deliver, positive, whole
 from .scenarios import SCENARIOS, SUITE, Work, works
 from .tables import latency_table
+from .threads import threads
 
 Call = Callable[[], float]
 """One request: does it, and returns the seconds that it waited for its turn."""
@@ -115,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (args.rate is None) == (args.concurrency is None):
         raise InvalidInputError("expected --rate or --concurrency, found both or neither")
     others = OtherLoad()
-    with opened(args.model) as model:
+    with threads(args.threads, args.device), opened(args.model) as model:
         with KontextPipeline.from_pretrained(
             model.path,
             backend=args.backend,

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..runtime.errors import InvalidInputError
 from .document import Json, warning
+from .report.wording import seconds
 
 FEW = 10
 """Fewer samples hardly show their own spread."""
@@ -87,7 +88,7 @@ def sample_warnings(taken: Sequence[float], about: str) -> list[Json]:
     if half >= FEW // 2:
         first, second = statistics.median(taken[:half]), statistics.median(taken[-half:])
         if abs(second / first - 1) > DRIFT:
-            text = f"the median went from {first:.4g} to {second:.4g} s between the run's halves"
+            text = f"the median went from {seconds(first)} to {seconds(second)} between the halves"
             found.append(warning("spread", text, about))
     return found
 
@@ -127,9 +128,9 @@ def _ticks() -> tuple[float, float, float] | None:
     return sum(ticks), sum(ticks) - ticks[3] - ticks[4], own
 
 
-def throughput(pictures: int, seconds: float) -> Json:
+def throughput(pictures: int, taken: float) -> Json:
     """Pictures finished in so many seconds."""
-    return {"unit": "images/s", "value": pictures / seconds}
+    return {"unit": "images/s", "value": pictures / taken}
 
 
 def energy(joules: float | None, calls: int, pictures: int) -> dict[str, Any]:

@@ -12,6 +12,8 @@ import torch
 
 from ..runtime.bundle import MANIFEST, digest
 from ..runtime.checkpoint import find, resolve
+from ..runtime.errors import KontextError
+from ..runtime.loader import require
 from ..runtime.tensor_shapes import ModelShapes
 from ..runtime.weights import read_headers
 from .checkpoint_writer import Spec
@@ -26,7 +28,7 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class Model:
-    """A model on disk, what a document says of it, and its shapes (None for a bundle)."""
+    """A model on disk, what a document says of it, and its shapes, where its files tell them."""
 
     path: Path
     facts: Json
@@ -49,8 +51,7 @@ def opened(name: str | None) -> Iterator[Model]:
     """``name`` as for ``from_pretrained``; None makes the synthetic miniature, for this block."""
     if name is not None:
         root = resolve(name)
-        shapes = None if (root / MANIFEST).is_file() else ModelShapes.of(find(name, {}))
-        yield Model(root, {"name": name, "synthetic": False, **_weights(root)}, shapes)
+        yield Model(root, {"name": name, "synthetic": False, **_weights(root)}, _shapes(name, root))
         return
     with tempfile.TemporaryDirectory(prefix="fluxkontext-") as folder:
         root = Path(folder) / "miniature"
@@ -65,8 +66,35 @@ def opened(name: str | None) -> Iterator[Model]:
         yield Model(root, facts, shapes_of(MINI))
 
 
+@contextmanager
+def exported(model: Model) -> Iterator[Path]:
+    """The model as a bundle: itself, or one that is made for this block, over the same weights."""
+    if (model.path / MANIFEST).is_file():
+        yield model.path
+        return
+    for package in ("onnxscript", "onnxruntime"):
+        require(package, "to run the model's graphs", "export,cpu")
+    from ..export.bundle import write_bundle
+
+    with tempfile.TemporaryDirectory(prefix="fluxkontext-") as folder:
+        bundle = Path(folder) / "bundle"
+        write_bundle(find(model.path, {}), bundle)
+        yield bundle
+
+
+def _shapes(name: str, root: Path) -> ModelShapes | None:
+    """None for a bundle of single files, which has no configs beside its weights."""
+    try:
+        return ModelShapes.of(find(name, {}))
+    except KontextError:
+        if (root / MANIFEST).is_file():
+            return None
+        raise
+
+
 def _weights(root: Path) -> Json:
-    """``digest`` over the names and contents of all weight files, and how many ``parameters``."""
+    """``digest`` over the names and contents of all weight files, and how many ``parameters``;
+    ``bundle``: of the manifest, which has the hashes of graphs and engines."""
     files = [root] if root.is_file() else sorted(root.rglob("*.safetensors"))
     whole = hashlib.sha256()
     for file in files:
@@ -75,4 +103,6 @@ def _weights(root: Path) -> Json:
     count = sum(
         math.prod(shape) for file in files for shape in read_headers([file]).shapes.values()
     )
-    return {"digest": whole.hexdigest(), "parameters": count}
+    manifest = root / MANIFEST
+    bundle = digest(manifest) if manifest.is_file() else None
+    return {"digest": whole.hexdigest(), "parameters": count, "bundle": bundle}

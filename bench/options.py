@@ -20,6 +20,9 @@ def common(model: bool = True) -> Parser:
         )
         options.add_argument("--backend", default="auto", help="auto, onnx or native")
     options.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    options.add_argument(
+        "--threads", type=count, help="CPU threads of an operation; default: torch's own choice"
+    )
     options.add_argument("--out", type=Path, metavar="FILE", help="document to write")
     options.add_argument("--json", action="store_true", help="print the document")
     options.add_argument("--quiet", action="store_true", help="no progress bar")

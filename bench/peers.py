@@ -5,7 +5,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,15 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 @dataclass(frozen=True)
 class Peer:
     """A way to run diffusers. adapt: done to its pipeline once. exact: it evaluates the model at
-    every step, as we do. needs: packages, or commands, that may not be there."""
+    every step, as we do. needs: packages, or commands, that may not be there. kernels: what must
+    have run on a ``cpu`` or ``cuda``, as in :func:`.launched.launching`."""
 
     name: str
     precision: str = "fp32"
     adapt: Callable[[Any], None] = lambda _: None
     exact: bool = True
     needs: tuple[str, ...] = ()
+    kernels: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def plain(self) -> bool:
@@ -68,8 +70,19 @@ PEERS = {
     for peer in (
         Peer("diffusers"),
         Peer("diffusers-bf16", "bf16"),
-        Peer("diffusers-compile", adapt=_compile, needs=("c++",)),
-        Peer("diffusers-torchao-fp8", "bf16", _float8, needs=("torchao",)),
+        Peer(
+            "diffusers-compile",
+            adapt=_compile,
+            needs=("c++",),
+            kernels={"cpu": "CompiledFxGraph", "cuda": "^triton_"},
+        ),
+        Peer(
+            "diffusers-torchao-fp8",
+            "bf16",
+            _float8,
+            needs=("torchao",),
+            kernels={"cpu": "_scaled_mm", "cuda": "_scaled_mm"},
+        ),
         Peer("diffusers-cache-dit", adapt=_cache, exact=False, needs=("cache_dit",)),
     )
 }
@@ -79,13 +92,14 @@ class Loaded:
     """A peer with the weights in memory."""
 
     def __init__(self, peer: Peer, model: Path, device: str) -> None:
-        from diffusers import FluxKontextPipeline
         from diffusers.utils import logging as messages
         from transformers.utils import logging as other_messages
 
-        for each in (messages, other_messages):
+        for each in (messages, other_messages):  # before the pipeline, whose import has remarks
             each.disable_progress_bar()
             each.set_verbosity_error()
+        from diffusers import FluxKontextPipeline
+
         self.peer = peer
         dtype = getattr(torch, DTYPES[peer.precision])
         self._pipe = FluxKontextPipeline.from_pretrained(model, dtype=dtype).to(device)

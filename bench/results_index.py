@@ -126,6 +126,8 @@ def performance(documents: Documents) -> list[str]:
         return ["No figure is committed yet, so none is claimed."]
     rows = []
     for path, document in documents.items():
+        if document["benchmark"] == "kernels":  # the index has them; none stands for an edit
+            continue
         where = [device(document), shlex.join(document["command"]), commit(document)[:12], path]
         if not document["comparisons"] and (row := quoted(document)) is not None:
             rows.append([row["name"], *_latency(row), *where])

@@ -4,20 +4,23 @@ from .document import Json
 
 
 def latency_table(found: Json) -> str:
-    """A line a result: its latency, its steps, its rate; then the doubts."""
+    """A line a result: latency, steps, rate, share of the floor; then the doubts."""
     width = max([len(row["name"]) for row in found["results"]], default=0)
-    head = f"{'':{width}}  {'p50 ms':>9} {'p95 ms':>9} {'step ms':>9} {'images/s':>9} {'n':>4}"
+    columns = ["p50 ms", "p95 ms", "step ms", "images/s", "floor"]
+    head = " ".join([f"{'':{width}} ", *(f"{name:>9}" for name in columns), f"{'n':>4}"])
     lines = [head]
     for row in found["results"]:
         latency, step, rate = row["latency"], row["step"], row["throughput"]
+        share = row["roofline"] and row["roofline"]["share"]
         if latency is None:
             lines.append(f"{row['name']:{width}}  {row['reason'] or 'not measured'}")
         else:
             cells = [
-                f"{1e3 * latency['p50']:9.2f}",
-                f"{1e3 * latency['p95']:9.2f}",
+                f"{1e3 * latency['p50']:9.3f}",
+                f"{1e3 * latency['p95']:9.3f}",
                 f"{1e3 * step['p50']:9.3f}" if step else f"{'–':>9}",
                 f"{rate['value']:9.2f}" if rate else f"{'–':>9}",
+                f"{share:9.0%}" if share else f"{'–':>9}",
                 f"{latency['count']:4}",
             ]
             lines.append(f"{row['name']:{width}}  {' '.join(cells)}")

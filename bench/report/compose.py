@@ -11,6 +11,8 @@ from .headline import headline
 from .selection import measured, same_work
 
 Json = Mapping[str, Any]
+_LISTED = 2
+"""Results with too few samples that are listed one by one."""
 RANKING_CHANCE = 0.01
 """A result is called fastest where noise alone would show such a lead at most so often."""
 _PARTS: Sequence[Callable[[Json], Section | None]] = (
@@ -63,12 +65,27 @@ def compose(found: Sequence[Named]) -> Report:
 
 def warnings(document: Json) -> list[str]:
     """What it says itself, and what a reader must know of its model and its commit."""
-    said, kinds = [], set()
-    for found in document["warnings"]:
-        about = "" if found["result"] is None else f"{found['result']}: "
-        said.append(about + found["text"])
-        kinds.add(found["kind"])
-    if document["model"]["synthetic"] and "synthetic_weights" not in kinds:
+    kinds = {found["kind"] for found in document["warnings"]}
+    few = [w for w in document["warnings"] if w["kind"] == "few_samples" and w["result"]]
+    folded = few if len(few) > _LISTED else []
+    said = [
+        found["text"] if found["result"] is None else f"{found['result']}: {found['text']}"
+        for found in document["warnings"]
+        if found not in folded
+    ]
+    if folded:  # often most of the results: one item, or it would bury the others
+        counts = {r["name"]: r["latency"]["count"] for r in measured(document)}
+        short = wording.apart([found["result"] for found in few])
+        listed = [
+            f"{name} ({counts.get(found['result'], 'none')})"
+            for name, found in zip(short, few, strict=True)
+        ]
+        said.append(f"Too few samples to show a spread: {'; '.join(listed)}")
+    if (
+        document["model"]["synthetic"]
+        and "synthetic_weights" not in kinds
+        and document["benchmark"] != "kernels"
+    ):
         said.append(
             "The weights are random: times and memory are those of the real shapes, "
             "pictures are noise."

@@ -9,10 +9,12 @@ from .content import Code, Plot, Section, Table
 from .wording import seconds
 
 Json = Mapping[str, Any]
+_POINTS = 8
+"""Of a roofline at most; the table holds all."""
 
 
 def roofline(document: Json) -> Section | None:
-    """Measured ceilings, and the share of the analytic floor that steps reach."""
+    """Measured ceilings, and the share of the analytic floor that steps, or kernels, reach."""
     ceilings = document["ceilings"]
     rows = [row for row in document["results"] if row["roofline"] is not None]
     if ceilings is None:
@@ -23,11 +25,11 @@ def roofline(document: Json) -> Section | None:
         plots.Point(
             row["name"],
             row["roofline"]["flop"] / row["roofline"]["bytes"],
-            row["roofline"]["flop"] / row["step"]["p50"],
+            row["roofline"]["flop"] / found["p50"],
         )
         for row in rows
-        if row["step"] is not None
-    ]
+        if row["roofline"]["flop"] and (found := row["step"] or row["latency"]) is not None
+    ][:_POINTS]
     drawn = []
     if peaks:
         words = "; ".join(
@@ -35,14 +37,14 @@ def roofline(document: Json) -> Section | None:
             + [f"{name} {wording.rate(peak, 'FLOP/s')}" for name, peak in peaks.items()]
             + [f"{point.name} {wording.rate(point.rate, 'FLOP/s')}" for point in points]
         )
-        drawn.append(Plot("Roofline of a step", plots.roofline(copy, peaks, points), words))
+        drawn.append(Plot("Roofline", plots.roofline(copy, peaks, points), words))
     limits = [["copy, read plus written", wording.rate(copy, "B/s")]]
     limits += [[f"matrix product, {n}", wording.rate(p, "FLOP/s")] for n, p in peaks.items()]
     shares = [
         [
             row["name"],
             seconds(row["roofline"]["floor"]),
-            seconds(row["step"] and row["step"]["p50"]),
+            seconds((found := row["step"] or row["latency"]) and found["p50"]),
             wording.share(row["roofline"]["share"]),
             "arithmetic" if row["roofline"]["bound"] == "flop" else "memory",
         ]
@@ -50,12 +52,12 @@ def roofline(document: Json) -> Section | None:
     ]
     tables = [Table("Ceilings, measured on this device", ["Of", "Median"], limits)]
     if shares:
-        columns = ["Result", "Floor of a step", "Measured", "Share of the floor", "Bound by"]
+        columns = ["Result", "Floor", "Measured", "Share of the floor", "Bound by"]
         tables.append(Table("Share reached", columns, shares, words=frozenset({4})))
     return Section(
         "Roofline",
-        "The floor is the least time that the arithmetic and the bytes of a step leave at the "
-        "ceilings measured here.",
+        "The floor is the least time that the arithmetic and the bytes of a denoising step, or of "
+        "a kernel, leave at the ceilings measured here.",
         plots=drawn,
         tables=tables,
     )
@@ -223,6 +225,8 @@ def repeat(document: Json) -> Section:
         ["Weights", "random, made for this run" if model["synthetic"] else model["digest"]],
         ["Parameters", "unknown" if parameters is None else f"{parameters:,}"],
     ]
+    if model.get("bundle"):
+        rows.append(["Bundle, with its graphs and engines", model["bundle"]])
     seeds = sorted({seed for row in document["results"] for seed in row["parameters"]["seeds"]})
     rows.append(["Seeds", wording.text(seeds)])
     return Section(
@@ -233,7 +237,9 @@ def repeat(document: Json) -> Section:
 
 
 def work(document: Json) -> Section | None:
-    """What each result computed: settings, tokens and counted forwards."""
+    """What each result computed: settings, tokens and counted forwards; kernels say it by name."""
+    if document["benchmark"] == "kernels":
+        return None
     rows = []
     for row in document["results"]:
         p = row["parameters"]

@@ -11,8 +11,10 @@ from .wording import seconds
 Json = Mapping[str, Any]
 
 
-def headline(document: Json) -> Section:
-    """Cards of the comparisons and of the result to quote."""
+def headline(document: Json) -> Section | None:
+    """Cards of the comparisons and of the result to quote; kernels have none of these."""
+    if document["benchmark"] == "kernels":
+        return None
     row = quoted(document)
     cards = [_comparison_card(c) for c in document["comparisons"]]
     if row is not None:
@@ -61,8 +63,9 @@ def _p99_note(latency: Json) -> str:
 
 def _comparison_card(pair: Json) -> Card:
     low, high = pair["interval"]
+    base, other = wording.apart([pair["base"], pair["other"]])
     return Card(
-        f"{pair['other']} takes, {pair['what']}",
+        f"{other} takes, {pair['what']}",
         wording.times(pair["ratio"]),
-        f"the time of {pair['base']} in {pair['scenario']}; {low:.2f} to {high:.2f}",
+        f"the time of {base} in {pair['scenario']}; {low:.2f} to {high:.2f}",
     )

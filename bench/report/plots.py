@@ -16,6 +16,7 @@ from .drawing import PAINT, draw, series
 _ROW = 34  # points: a line of text and a bar
 _MARK = 0.7  # of a row: where its bar or dot is; its text ends above
 _AXIS = 40  # points below the rows: ticks and the label
+_FAR = 1.25  # of the largest 95th percentile: farther is beyond the edge
 _SECONDS = EngFormatter(unit="s", sep="\N{NO-BREAK SPACE}")
 
 
@@ -33,10 +34,15 @@ class Samples:
 def distribution(rows: Sequence[Samples], label: str) -> str:
     """Every sample as a dot, the median as a bar, the 95th percentile as a thin one.
 
-    In percent, or a short edit's spread would not show beside a long one.
+    In percent, or a short edit's spread would not show beside a long one. What would take most of
+    the room for itself is a triangle at the edge.
     """
 
     def fill(axes: Axes) -> None:
+        edge = _FAR * max(
+            float(np.percentile(row.values, 95)) / (row.whole or float(np.median(row.values)))
+            for row in rows
+        )
         for y, row in enumerate(rows):
             median, p95 = np.percentile(row.values, [50, 95])
             whole = row.whole or median
@@ -44,7 +50,17 @@ def distribution(rows: Sequence[Samples], label: str) -> str:
             jitter = ((np.arange(len(row.values)) * 0.618034) % 1 - 0.5) * 0.34
             dots = np.asarray(row.values) / whole
             colour = series(row.group)
-            axes.scatter(dots, y + _MARK + jitter, s=16, color=colour, alpha=0.55, linewidths=0)
+            heights, far = y + _MARK + jitter, dots > edge
+            for those, marker in ((~far, "o"), (far, ">")):
+                axes.scatter(
+                    np.minimum(dots[those], edge),
+                    heights[those],
+                    s=16,
+                    color=colour,
+                    alpha=0.55,
+                    linewidths=0,
+                    marker=marker,
+                )
             for value, width in ((median, 2.2), (p95, 0.8)):
                 ends = (y + _MARK - 0.21, y + _MARK + 0.21)
                 axes.vlines(value / whole, *ends, color=PAINT["ink"], linewidth=width)

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from ..document import STAGES
 from . import plots, wording
 from .content import Plot, Section, Table
 from .selection import measured
@@ -29,10 +30,13 @@ def comparisons(document: Json) -> Section | None:
     found = document["comparisons"]
     if not found:
         return None
+    scenarios = {pair["scenario"] for pair in found}
     rows, table = [], []
     for pair in found:
         low, high = pair["interval"]
-        name = f"{pair['scenario']}, {pair['what']}: {pair['other']}"
+        base, other = wording.apart([pair["base"], pair["other"]])
+        where = f"{pair['scenario']}, " if len(scenarios) > 1 else ""
+        name = f"{where}{pair['what']}: {other}"
         rows.append(plots.Interval(name, pair["ratio"], low, high))
         agreement = pair["agreement"]
         equal = "not compared"
@@ -45,11 +49,11 @@ def comparisons(document: Json) -> Section | None:
         table.append(
             [
                 name,
-                pair["base"],
+                base,
                 *map(seconds, times),
                 wording.times(pair["ratio"]),
                 f"{low:.2f} to {high:.2f}",
-                f"{pair['base']}: {verdict}",
+                f"{base}: {verdict}",
                 equal,
             ]
         )
@@ -95,7 +99,10 @@ def latency(document: Json) -> Section | None:
     rows = measured(document)
     if not rows:
         return None
-    samples = [plots.Samples(row["name"], row["latency"]["values"]) for row in rows]
+    short = wording.apart([row["name"] for row in rows])
+    samples = [
+        plots.Samples(name, row["latency"]["values"]) for name, row in zip(short, rows, strict=True)
+    ]
     words = "; ".join(f"{r['name']} median {seconds(r['latency']['p50'])}" for r in rows)
     table = [
         [
@@ -110,13 +117,16 @@ def latency(document: Json) -> Section | None:
     columns = ["Result", "p50", "p90", "p95", "p99", "Mean", "Stdev", "Samples", "Images/s"]
     return Section(
         "Latency",
-        "Wall clock of one call, from the request to the pictures on the host.",
+        "Time of one launch, from cold caches."
+        if document["benchmark"] == "kernels"
+        else "Wall clock of one call, from the request to the pictures on the host.",
         plots=[
             Plot(
                 "Every sample",
                 plots.distribution(samples, "of the result's median"),
                 words,
-                "A dot is a call; the thick bar is the median, the thin one the 95th percentile.",
+                "A dot is a call, a triangle one that took longer than there is room for; the "
+                "thick bar is the median, the thin one the 95th percentile.",
             )
         ],
         tables=[Table("", columns, table, "p99 needs 100 samples.")],
@@ -129,6 +139,7 @@ def stages(document: Json) -> Section | None:
     if not rows:
         return None
     names = list(dict.fromkeys(name for row in rows for name in row["stages"]))
+    names.sort(key=lambda name: STAGES.index(name) if name in STAGES else len(STAGES))
     drawn = []
     for row in _longest(rows):
         medians = {_spoken(name): value["p50"] for name, value in row["stages"].items()}
@@ -153,11 +164,13 @@ def steps(document: Json) -> Section | None:
     if not rows:
         return None
     drawn = []
-    for i, row in enumerate(_longest(rows)):
+    chosen = _longest(rows)
+    short = wording.apart([row["name"] for row in chosen])
+    for i, (name, row) in enumerate(zip(short, chosen, strict=True)):
         count, values = row["parameters"]["steps"], np.asarray(row["step"]["values"])
         if len(values) % count == 0:
             medians = np.median(values.reshape(-1, count), axis=0).tolist()
-            drawn.append(plots.Samples(row["name"], medians, i))
+            drawn.append(plots.Samples(name, medians, i))
     table = [
         [
             row["name"],

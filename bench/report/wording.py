@@ -1,6 +1,6 @@
 """Figures of a document in words: three digits and a unit, or "not measured"."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .content import NOT_MEASURED
@@ -72,6 +72,16 @@ def text(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(map(text, value)) or "none"
     return str(value)
+
+
+def apart(names: Sequence[str]) -> list[str]:
+    """Names without those of their parts, between commas, that all of them have: a plot has little
+    room, and a name cut at its end would not say what differs."""
+    parts = [name.split(", ") for name in names]
+    if len(set(names)) < 2 or len({len(those) for those in parts}) > 1:
+        return list(names)
+    kept = [i for i, column in enumerate(zip(*parts, strict=True)) if len(set(column)) > 1]
+    return [", ".join(those[i] for i in kept) for those in parts]
 
 
 def state(found: Mapping[str, Any] | None) -> str:

@@ -4,6 +4,7 @@ What a step reads and writes stays on the session's device: latents in two buffe
 places, the modulation of all steps in one, of which each step is given its part by address.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,6 +178,7 @@ class Session:
         """Open ``path``. fold: compute what depends on weights alone ahead of time, and hold it."""
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        options.intra_op_num_threads = _threads()
         disabled = None if fold else ["ConstantFolding"]
         self._device = "cuda" if device.startswith("cuda") else "cpu"
         self._id = int(device.partition(":")[2] or 0)
@@ -189,6 +191,12 @@ class Session:
             )
         except Exception as error:  # the library raises classes of its own for each status
             raise _translated(error, path) from None
+        wanted = provider if isinstance(provider, str) else provider[0]
+        if (found := self._session.get_providers()[0]) != wanted:  # the library only warns
+            raise BackendUnavailableError(
+                f"device: expected {wanted} to run {path.name}, found {found}; install the CUDA "
+                "libraries of onnxruntime-gpu, or use device cpu"
+            )
         self._path = path
         self._binding = self._session.io_binding()
 
@@ -242,6 +250,15 @@ class Session:
             self._session.run_with_iobinding(binding)
         except Exception as error:
             raise _translated(error, self._path) from None
+
+
+def _threads() -> int:
+    """Of an operation; 0 is the library's own choice: a thread on every core of the machine. Where
+    the process may not use all of them, these would spin in each other's way."""
+    if not hasattr(os, "sched_getaffinity"):
+        return 0
+    allowed = len(os.sched_getaffinity(0))
+    return 0 if allowed >= (os.cpu_count() or 1) else allowed
 
 
 def _translated(error: Exception, path: Path) -> Exception:

@@ -5,10 +5,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fluxkontext.bench import compare
-from fluxkontext.bench.contestants import MEMO, ONNX, OURS, Contestant, agreement, same_work
+from fluxkontext.bench.contestants import MEMO, NATIVE, OURS, Contestant, agreement, same_work
 from fluxkontext.bench.document import read
+from fluxkontext.bench.launched import launching, of_our_kernels
 from fluxkontext.bench.peers import PEERS, Peer
 from fluxkontext.bench.scenarios import Work
 from fluxkontext.runtime.errors import InvalidInputError, KontextError
@@ -30,7 +32,7 @@ def document(
         patch.setitem(PEERS, "absent", Peer("absent", needs=("no_such_package",)))
         patch.setattr(compare, "NAMES", (*compare.NAMES, "absent"))
         options = ["--model", str(small_model), "--steps", "2", "--rounds", "4", "--warmup", "1"]
-        options += ["--peers", f"{MEMO},{ONNX},diffusers,diffusers-bf16,absent", "--cold", "1"]
+        options += ["--peers", f"{MEMO},{NATIVE},diffusers,diffusers-bf16,absent", "--cold", "1"]
         options += ["--bundle", str(small_bundle)]
         assert compare.main([*options, "--out", str(folder / "compare.json")]) == 0
     return read(folder / "compare.json")
@@ -38,20 +40,22 @@ def document(
 
 def test_all_do_the_same_work(document: dict[str, Any]) -> None:
     rows = {row["parameters"]["implementation"]: row for row in document["results"]}
-    assert list(rows) == [OURS, MEMO, ONNX, "diffusers", "diffusers-bf16", "absent"]
+    assert list(rows) == [OURS, MEMO, NATIVE, "diffusers", "diffusers-bf16", "absent"]
     works = {name: row["work"] for name, row in rows.items() if row["work"]}
     assert {work["forwards"] for work in works.values()} == {2}
     assert len({work["tokens"] for work in works.values()}) == 1
     assert works[OURS]["tokens"] == sum(rows[OURS]["parameters"]["tokens"].values())
+    assert rows[OURS]["parameters"]["backend"] == "onnx"  # as a user of a bundle on a CPU has it
     # ours leaves out what no pixel needs, and computes the conditioning of all steps at once
-    assert 0.7 < works[OURS]["flop"] / works["diffusers"]["flop"] <= 1.01
+    assert 0.7 < works[NATIVE]["flop"] / works["diffusers"]["flop"] <= 1.01
+    assert 0 < works[OURS]["flop"] <= works[NATIVE]["flop"]  # the steps alone, by the model
     assert {row["latency"]["count"] for row in rows.values() if row["latency"]} == {4}
 
 
 def test_outputs_agree(document: dict[str, Any]) -> None:
     warm = {c["other"].split(", ")[-1]: c for c in document["comparisons"] if c["what"] == "warm"}
     assert warm["diffusers fp32"]["agreement"]["max_levels"] <= 1
-    assert warm[f"{ONNX} fp32"]["agreement"]["max_levels"] <= 1
+    assert warm[f"{NATIVE} fp32"]["agreement"]["max_levels"] <= 1
     assert warm[f"{MEMO} fp32"]["agreement"] == {"max_levels": 0, "psnr_db": None}
     assert warm["diffusers-bf16 bf16"]["agreement"]["psnr_db"] > 10
     for found in warm.values():
@@ -72,7 +76,7 @@ def test_ratios_are_of_the_medians(document: dict[str, Any]) -> None:
 
 def test_new_processes_are_compared_too(document: dict[str, Any]) -> None:
     cold = [c["other"].split(", ")[-1] for c in document["comparisons"] if c["what"] == "cold"]
-    assert cold == [f"{ONNX} fp32", "diffusers fp32", "diffusers-bf16 bf16"]
+    assert cold == [f"{NATIVE} fp32", "diffusers fp32", "diffusers-bf16 bf16"]
 
 
 def test_who_is_not_there_is_a_row_that_says_so(document: dict[str, Any]) -> None:
@@ -116,10 +120,26 @@ def test_agreement_is_psnr() -> None:
 
 
 def test_what_cannot_be_compared(small_model: Path) -> None:
-    options = ["--model", str(small_model), "--steps", "1"]
+    options = ["--model", str(small_model), "--steps", "1", "--backend", "native"]
     with pytest.raises(InvalidInputError, match="found photoshop"):
         compare.main([*options, "--peers", "photoshop"])
-    with pytest.raises(InvalidInputError, match="expected --bundle"):
-        compare.main([*options, "--peers", ONNX])
     with pytest.raises(InvalidInputError, match="found two-contexts"):
         compare.main([*options, "--scenario", "two-contexts"])
+
+
+def test_a_kernel_that_did_not_run_is_a_fallback() -> None:
+    a = torch.ones(4, 4)
+    with launching("x", ["aten::mm"], "cpu"):
+        a @ a
+    with (
+        pytest.raises(KontextError, match="x: expected a kernel like _scaled_mm, found none"),
+        launching("x", ["aten::mm", "_scaled_mm"], "cpu"),
+    ):
+        a @ a
+
+
+def test_what_has_to_run_is_what_the_backend_says() -> None:
+    said = "modulate=triton norm_rope=torch attention=torch linear_fp8=triton"
+    assert of_our_kernels(said, "bf16") == ["_modulate_kernel"]
+    assert len(of_our_kernels(said, "fp8")) == 2
+    assert of_our_kernels("", "fp32") == []

@@ -12,6 +12,8 @@ from fluxkontext.bench import edit, gpu
 from fluxkontext.bench.document import read
 from fluxkontext.bench.drawn import FULL, MODELS, Drawn
 from fluxkontext.bench.models import SYNTHETIC, opened
+from fluxkontext.bench.nvml import Nvml
+from fluxkontext.bench.report import command as report
 from fluxkontext.bench.scenarios import SCENARIOS, Work, works
 from fluxkontext.bench.synthetic import write_tokenizers
 from fluxkontext.runtime import KontextPipeline
@@ -19,6 +21,7 @@ from fluxkontext.runtime.errors import BackendUnavailableError, InvalidInputErro
 from fluxkontext.runtime.geometry import Grid
 
 from ..conftest import small_spec
+from .sensors import Library
 
 
 def test_scenarios_scale_with_the_model() -> None:
@@ -112,6 +115,33 @@ def test_one_row_of_each_precision_is_measured_cold(document: dict[str, Any]) ->
 def test_doubts_are_in_the_document(document: dict[str, Any]) -> None:
     few = {w["result"] for w in document["warnings"] if w["kind"] == "few_samples"}
     assert few == {row["name"] for row in document["results"]}
+
+
+def test_a_gpu_that_slows_down_is_told_in_the_document_and_the_report(
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read before and after the samples: 1980 MHz, then 1755 under a power cap."""
+    library = Library(sm=1980, bits=0)
+
+    class Heating(Nvml):
+        def state(self) -> Any:
+            found = super().state()
+            library.sm, library.bits = 1755, 0x4
+            return found
+
+    monkeypatch.setattr(edit, "reader_of", lambda device: Heating(library, "handle"))
+    options = ["--model", str(small_model), "--scenarios", "edit", "--steps", "1", "--batch", "1"]
+    file = tmp_path / "run.json"
+    found = measured([*options, "--rounds", "2", "--warmup", "0", "--cold", "0"], file)
+    (row,) = found["results"]
+    kinds = {w["kind"]: w["result"] for w in found["warnings"]}
+    for kind in ("throttled", "clock_changed", "few_samples"):
+        assert kinds[kind] == row["name"]
+    assert report.main([str(file), "-o", str(tmp_path / "report.html")]) == 0
+    page = (tmp_path / "report.html").read_text()
+    for said in ("held its clocks back: power cap", "from 1980 to 1755 MHz", "2 samples; 10 or"):
+        assert f"{row['name']}: " in page
+        assert said in page
 
 
 def test_a_model_of_ones_own_is_named_by_what_it_holds(

@@ -1,12 +1,21 @@
 """The benchmark of the kernels, as far as it goes without a GPU."""
 
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fluxkontext.bench import kernel_timed, kernels
+from fluxkontext.bench import diff, kernel_cpu, kernel_timed, kernels
+from fluxkontext.bench.document import distribution, read
+from fluxkontext.bench.kernel_timed import Timed
 from fluxkontext.kernels.chips import CHIPS, Chip
+from fluxkontext.kernels.kernel_set import CANDIDATES
 from fluxkontext.kernels.launch import Launch
+from fluxkontext.runtime.errors import BackendUnavailableError, InvalidInputError, KontextError
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=lambda chip: f"sm_{chip.sm}")
@@ -26,7 +35,76 @@ def test_every_problem_can_be_set_up(chip: Chip, monkeypatch: pytest.MonkeyPatch
     assert any("w4a4" in name for name in names) is chip.fp4
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_nothing_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert kernels.main([]) == 1
-    assert "--static needs no GPU" in capsys.readouterr().err
+def timed(folder: Path, *options: str) -> dict[str, Any]:
+    file = folder / "kernels.json"
+    assert kernels.main(["--device", "cpu", "--quiet", "--out", str(file), *options]) == 0
+    return read(file)
+
+
+def test_on_a_cpu_every_op_is_timed_beside_its_reference(tmp_path: Path) -> None:
+    document = timed(tmp_path, "--samples", "4")
+    ops: dict[str, list[str]] = {}
+    for row in document["results"]:
+        ops.setdefault(row["scenario"], []).append(row["parameters"]["implementation"])
+        found = row["roofline"]
+        assert row["latency"]["count"] == 4
+        assert found["share"] == pytest.approx(found["floor"] / row["latency"]["p50"])
+        assert found["floor"] * document["ceilings"]["copy"]["p50"] >= 0.999 * found["bytes"]
+    plain = {op for op in CANDIDATES if not op.startswith(("linear", "quantize"))}
+    assert set(ops) == plain
+    assert all(names[-1] == "torch" for names in ops.values())
+    assert ops["gelu"] == ["sigmoid", "torch"]
+    attention = next(r for r in document["results"] if r["scenario"] == "attention")
+    assert attention["roofline"]["flop"] == 4 * 160**2 * 192
+
+
+def test_a_kernel_slowed_on_purpose_is_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Really timed, by the whole benchmark: one kernel does its work five times."""
+    options = ["--kernel", "gelu", "--samples", "40"]
+    timed(tmp_path, *options)
+    old = (tmp_path / "kernels.json").rename(tmp_path / "old.json")
+    sigmoid, *others = CANDIDATES["gelu"][1:]
+
+    def slow(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(4):
+            sigmoid.run(x)
+        return sigmoid.run(x)
+
+    slowed = {**CANDIDATES, "gelu": (replace(sigmoid, run=slow), *others)}
+    monkeypatch.setattr(kernel_cpu, "CANDIDATES", slowed)
+    timed(tmp_path, *options)
+    capsys.readouterr()
+    assert (
+        diff.main([str(old), str(tmp_path / "kernels.json"), "--json", "--threshold", "50%"]) == 1
+    )
+    verdicts = {c["name"]: c["verdict"] for c in json.loads(capsys.readouterr().out)["changes"]}
+    assert verdicts["gelu: sigmoid"] == "REGRESSION"
+
+
+def test_a_peer_that_cannot_run_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "milliseconds", lambda work, samples, warmup: [work()] * samples)
+
+    def absent() -> float:
+        raise RuntimeError("no\n such library")
+
+    problem = Timed("attention", 1000, 10**9, "bf16", {"triton": lambda: 2.0, "cudnn": absent})
+    best = {"flops": {"bf16": distribution([1e12], "FLOP/s")}, "copy": distribution([1e12], "B/s")}
+    ours, theirs = kernels.rows_of(problem, "cuda:0", 3, best)
+    assert ours["latency"]["p50"] == pytest.approx(0.002)
+    assert ours["roofline"]["share"] == pytest.approx(0.5)
+    assert ours["roofline"]["bound"] == "flop"
+    assert theirs["status"] == "skipped"
+    assert theirs["reason"] == "RuntimeError: no such library"
+    impossible = Timed("attention", 1000, 10**9, "bf16", {"triton": lambda: 0.5})
+    with pytest.raises(KontextError, match="expected at most 1e\\+12 FLOP/s"):
+        list(kernels.rows_of(impossible, "cuda:0", 3, best))
+
+
+def test_what_is_not_there_is_said() -> None:
+    with pytest.raises(InvalidInputError, match="--kernel: expected a part of a name, found 'x'"):
+        kernels.main(["--device", "cpu", "--kernel", "x"])
+    if not torch.cuda.is_available():
+        with pytest.raises(BackendUnavailableError, match="--static needs no GPU"):
+            kernels.main(["--device", "cuda"])

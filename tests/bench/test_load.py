@@ -31,6 +31,7 @@ class Server:
 
     def __init__(self, seconds: float, queue: int = 1000) -> None:
         self.seconds, self.queue = seconds, queue
+        self.most = 0  # that were there at once
         self._turn, self._count, self._waiting = threading.Lock(), threading.Lock(), 0
 
     def __call__(self) -> float:
@@ -38,6 +39,7 @@ class Server:
             if self._waiting > self.queue:
                 raise QueueFullError("full")
             self._waiting += 1
+            self.most = max(self.most, self._waiting)
         start = time.perf_counter()
         with self._turn:
             waited = time.perf_counter() - start
@@ -64,9 +66,16 @@ def test_an_idle_server_makes_nobody_wait() -> None:
 
 
 def test_callers_ask_again_when_they_are_answered() -> None:
-    served = closed_loop(Server(0.02), callers=3, duration=0.5)
-    assert 5 <= served.arrivals <= 28
-    assert float(np.median(served.latency)) >= 0.055  # two others are before each
+    """Three at a time, all the time. A lock is not fair and a busy machine makes any sleep longer,
+    so what one call waits is left to chance; what all of them wait is not."""
+    server, duration = Server(0.02), 0.5
+    served = closed_loop(server, callers=3, duration=duration)
+    assert served.rejected == 0
+    assert server.most == 3  # none asks before it is answered
+    assert 0.02 * served.arrivals <= served.wall  # and the server takes one at a time
+    assert served.arrivals >= 5
+    assert 0.8 * 3 * duration <= sum(served.latency) <= 3 * served.wall  # none pauses
+    assert served.wall >= duration
 
 
 def test_who_is_refused_is_never_served() -> None:

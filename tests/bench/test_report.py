@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from fluxkontext.bench import document as doc
-from fluxkontext.bench.report import wording
+from fluxkontext.bench.report import plots, wording
 from fluxkontext.bench.report.command import distinct, main
-from fluxkontext.bench.report.compose import Named, compose
+from fluxkontext.bench.report.compose import Named, compose, warnings
 from fluxkontext.bench.report.markdown import markdown
 from fluxkontext.bench.report.page import page
 from fluxkontext.runtime.errors import InvalidInputError
@@ -329,3 +329,37 @@ def test_runs_have_different_names(files: Sequence[str], names: Sequence[str]) -
 )
 def test_seconds_in_words(value: float | None, said: str) -> None:
     assert wording.seconds(value) == said
+
+
+def test_many_results_with_few_samples_are_one_warning() -> None:
+    names = [f"edit, {n} steps" for n in (4, 8, 28)]
+    few = [doc.warning("few_samples", "3 samples; 10 or more show a spread", n) for n in names]
+    found = run(*(plain(name, count=3) for name in names), warnings=few)
+    said = [w for w in warnings(found) if "samples" in w]
+    assert said == ["Too few samples to show a spread: 4 steps (3); 8 steps (3); 28 steps (3)"]
+    two = warnings(run(*(plain(name, count=3) for name in names[:2]), warnings=few[:2]))
+    assert "edit, 8 steps: 3 samples; 10 or more show a spread" in two
+
+
+@pytest.mark.parametrize(
+    ("names", "short"),
+    [
+        (["edit, 4 steps, a", "edit, 4 steps, b"], ["a", "b"]),
+        (["edit, 4 steps, a", "edit, 8 steps, b"], ["4 steps, a", "8 steps, b"]),
+        (["edit, a"], ["edit, a"]),
+        (["edit, a", "edit, a"], ["edit, a", "edit, a"]),
+        (["edit, a", "b"], ["edit, a", "b"]),
+    ],
+)
+def test_names_in_plots_are_what_differs(names: list[str], short: list[str]) -> None:
+    assert wording.apart(names) == short
+
+
+def test_a_far_outlier_does_not_take_the_room_of_all() -> None:
+    """It is a mark at the edge: 100 times the median would leave the others one dot wide."""
+    near, far = ([0.1] * 29 + [last] for last in (0.1, 10.0))
+    ticks = [
+        re.findall(r"(\d+)%", plots.distribution([plots.Samples("a", values)], "x"))
+        for values in (near, far)
+    ]
+    assert max(map(int, ticks[1])) <= 130

@@ -1,5 +1,6 @@
 """The graphs of a bundle against the native path they were exported from."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,38 @@ def test_what_is_asked_for_never_falls_back(small_bundle: Path, small_model: Pat
         )
     with pytest.raises(BackendUnavailableError, match="device: expected cpu"):
         KontextPipeline.from_pretrained(small_bundle, backend="onnx", device="cuda")
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux's CPU affinity")
+def test_as_many_threads_as_the_process_may_use(small_bundle: Path) -> None:
+    """The library would start one on every core, to spin in each other's way."""
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        with KontextPipeline.from_pretrained(small_bundle, backend="onnx", device="cpu") as pipe:
+            options = pipe.backend._clip._session.get_session_options()  # type: ignore[attr-defined]
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert options.intra_op_num_threads == (1 if (os.cpu_count() or 1) > 1 else 0)
+
+
+def test_a_session_on_another_device_is_an_error(
+    small_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where CUDA's libraries are missing, ONNX Runtime warns and runs on the CPU."""
+    from fluxkontext.runtime.backends import onnx
+
+    opened = onnx.ort.InferenceSession
+
+    def falls_back(path: str, options: Any, providers: Any, **also: Any) -> Any:
+        return opened(path, options, providers=["CPUExecutionProvider"], **also)
+
+    monkeypatch.setattr(onnx.ort, "InferenceSession", falls_back)
+    file = small_bundle / "clip.cpu.onnx"
+    with pytest.raises(
+        BackendUnavailableError, match=r"expected CUDA\w+ to run clip.cpu.onnx, found CPU"
+    ):
+        onnx.Session(file, "cuda:0", fold=True)
 
 
 def test_an_edit_imports_no_torch(
