@@ -2,8 +2,7 @@
 
 Both publish compiled bindings without type information. Here stubs are made from them with
 pybind11-stubgen in a temporary folder (the wheels' licence forbids to pass on what is derived from
-them), and mypy --strict runs on our files against each library's. TensorRT's own library is several
-gigabytes, so its bindings are imported over empty libraries that have the few symbols they ask for.
+them), and mypy --strict runs on our files against each library's.
 
 Usage: tensorrt_types.py [--python PYTHON]: an environment with mypy, pip, cuda-bindings and the
 TensorRT-RTX wheels. Needs gcc, readelf, and the package index.
@@ -11,26 +10,21 @@ TensorRT-RTX wheels. Needs gcc, readelf, and the package index.
 
 import argparse
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
+from bindings import run, unpack
+
 ROOT = Path(__file__).resolve().parents[1]
-BINDINGS = "tensorrt-cu13-bindings==11.4.0.106"
 STUBGEN = "pybind11-stubgen==2.5.5"
 SHARED = ("runtime/backends/tensorrt_engine.py", "export/engines/compiler.py")
 """Run on either library."""
+ONLY_TENSORRT = ("export/engines/plugin.py",)
 ONLY_RTX = ("runtime/backends/tensorrt_rtx.py",)
-NATIVE = {
-    "libnvinfer": "createInferBuilder_INTERNAL createInferRefitter_INTERNAL "
-    "createInferRuntime_INTERNAL getBuilderPluginRegistry getPluginRegistry",
-    "libnvinfer_plugin": "initLibNvInferPlugins",
-    "libnvonnxparser": "createNvOnnxParser_INTERNAL createNvOnnxParserRefitter_INTERNAL "
-    "getNvOnnxParserVersion",
-}
-"""The functions that the bindings import from each library; none is called here."""
+PUBLIC = re.compile(r"@public_api\(\)\n\s*(?:def|class) (\w+)")
 ENUMS = {
     "DataType": "",
     "EngineStat": "",
@@ -52,6 +46,14 @@ def mistaken(
     context.execute_async_v3(stream=0)
 """
 """A flag and a property that are gone, and a parameter of another name: each has to be found."""
+PLANTED_PLUGIN = """
+import tensorrt.plugin as trtp
+
+def mistaken_too(x: trtp.TensorDesc) -> None:
+    trtp.KernelLaunchParams(grid=x.shape_expr[0])
+    print(x.shape_exprs)
+"""
+"""Names that the plugin's own classes do not have."""
 
 
 def main() -> int:
@@ -64,13 +66,16 @@ def main() -> int:
         tools = folder / "tools"
         pip = [python, "-m", "pip", "--quiet", "--disable-pip-version-check"]
         run(*pip, "install", "--no-deps", "--target", str(tools), STUBGEN)
-        run(*pip, "download", "--no-deps", "--dest", str(folder), BINDINGS)
-        (wheel,) = folder.glob("*.whl")
-        zipfile.ZipFile(wheel).extractall(folder / "wheel")
-        pretend_libraries(folder / "wheel" / "tensorrt_bindings")
+        unpack(python, folder / "wheel")
         codes = []
         for library, package, module, path, files in (
-            ("TensorRT", "tensorrt_bindings", "tensorrt", [folder / "wheel"], SHARED),
+            (
+                "TensorRT",
+                "tensorrt_bindings",
+                "tensorrt",
+                [folder / "wheel"],
+                SHARED + ONLY_TENSORRT,
+            ),
             ("TensorRT-RTX", "tensorrt_rtx_bindings", "tensorrt_rtx", [], SHARED + ONLY_RTX),
         ):
             stubs = folder / module
@@ -79,27 +84,6 @@ def main() -> int:
             verdict = "differ" if codes[-1] else "agree"
             sys.stdout.write(f"{library}: {', '.join(files)}: types {verdict}\n")
     return max(codes)
-
-
-def run(*command: str, env: dict[str, str] | None = None) -> None:
-    """Run a command that has to succeed."""
-    subprocess.run(command, check=True, env=env)
-
-
-def pretend_libraries(folder: Path) -> None:
-    """Put libraries of the names that the bindings need beside them."""
-    listed = subprocess.run(
-        ["readelf", "--dynamic", str(folder / "tensorrt.so")],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    for file, library in re.findall(r"\[((libnv\w+)\.so\.\d+)\]", listed):
-        source = folder / f"{library}.c"
-        lines = [f"void *{name}(void) {{ return 0; }}\n" for name in NATIVE[library].split()]
-        source.write_text("".join(lines))
-        soname = f"-Wl,-soname,{file}"
-        run("gcc", "-shared", "-fPIC", str(source), "-o", str(folder / file), soname)
 
 
 def make_stubs(python: str, package: str, module: str, path: list[Path], out: Path) -> None:
@@ -123,7 +107,19 @@ def make_stubs(python: str, package: str, module: str, path: list[Path], out: Pa
     stubs = out / "stubs"
     stubs.mkdir()
     (stubs / "tensorrt_rtx.pyi").write_text("from tensorrt import *\n", "utf-8")
-    (stubs / "tensorrt.pyi").write_text(repaired(text, f"{package}.{module}"), "utf-8")
+    folder = stubs / "tensorrt"
+    folder.mkdir()
+    (folder / "__init__.pyi").write_text(repaired(text, f"{package}.{module}"), "utf-8")
+    for sources in (entry / package / "plugin" for entry in path):
+        if sources.is_dir():  # Python, whose public names are set while it is imported
+            shutil.copytree(sources, folder / "plugin")
+            (folder / "plugin" / "__init__.py").unlink()
+            lines = [
+                f"from .{file.stem} import {name} as {name}\n"
+                for file in sorted(sources.glob("_*.py"))
+                for name in PUBLIC.findall(file.read_text(encoding="utf-8"))
+            ]
+            (folder / "plugin" / "__init__.pyi").write_text("".join(lines), "utf-8")
 
 
 def repaired(text: str, module: str) -> str:
@@ -160,17 +156,22 @@ def check(python: str, stubs: Path, files: tuple[str, ...]) -> int:
         "follow_imports = silent\n"
         # what the library calls has other arguments than its signatures say
         "warn_unused_ignores = false\n"
+        # tensorrt.plugin is Python, some of it without types
+        "untyped_calls_exclude = tensorrt\n"
+        "[mypy-fluxkontext.export.engines.plugin]\ndisallow_untyped_decorators = false\n"
         "[mypy-tensorrt.*,tensorrt_rtx.*]\nignore_errors = true\n"
         "[mypy-safetensors.*,tqdm.*]\nignore_missing_imports = true\n"
     )
     modules = [f"fluxkontext.{file.removesuffix('.py').replace('/', '.')}" for file in files]
     arguments = [argument for module in modules for argument in ("-m", module)]
     mypy = [python, "-P", "-m", "mypy", "--config-file", str(config)]
-    (stubs / "planted.py").write_text(PLANTED)
+    planted = PLANTED + (PLANTED_PLUGIN if ONLY_TENSORRT[0] in files else "")
+    (stubs / "planted.py").write_text(planted)
     found = subprocess.run(
         [*mypy, "planted.py"], cwd=stubs, capture_output=True, text=True, check=False
     ).stdout
-    assert found.count(" error: ") == 3, f"the stubs do not tell right from wrong:\n{found}"
+    wanted = 3 if planted == PLANTED else 5
+    assert found.count(" error: ") == wanted, f"the stubs do not tell right from wrong:\n{found}"
     return subprocess.run([*mypy, *arguments], cwd=stubs, check=False).returncode
 
 

@@ -1,8 +1,4 @@
-"""Compile a launch for a GPU that need not be there, and read what the machine code holds.
-
-The signature is the one that Triton derives from the launch's own arguments, so what is compiled
-is what would run: the same pointer alignments, the same integers folded into the code.
-"""
+"""What the machine code of a kernel holds that was compiled for a GPU that need not be there."""
 
 import json
 import re
@@ -13,13 +9,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import triton
 from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
 from triton.runtime.cache import get_cache_manager
-from triton.runtime.jit import create_function_from_signature
 
+from ..kernels.ahead import build_for
 from ..kernels.chips import Chip
 from ..kernels.launch import Launch
 
@@ -51,18 +44,7 @@ class Compiled:
 
 def compile_for(launch: Launch, chip: Chip) -> Compiled:
     """Compile ``launch`` for ``chip``; a second time, Triton's own disk cache has it."""
-    target = GPUTarget("cuda", chip.sm, 32)
-    backend = make_backend(target)
-    kernel = launch.kernel
-    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, options = binder(
-        **launch.args, num_warps=launch.warps, num_stages=launch.stages
-    )
-    parsed, signature, constants, attributes = kernel._pack_args(
-        backend, options, bound, specialization, options
-    )
-    source = ASTSource(kernel, signature, constants, attributes)
-    built = triton.compile(source, target=target, options=parsed.__dict__)
+    built = build_for(launch, chip)
     folder = get_cache_manager(built.hash)
     if path := folder.get_file(_INSPECTION):
         return Compiled(**json.loads(Path(path).read_text()))

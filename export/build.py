@@ -25,7 +25,7 @@ from ..runtime.golden import Golden, golden_size, load_golden, record
 from ..runtime.loader import require
 from ..runtime.schedule import SchedulerConfig
 from ..runtime.tokenizer import load_tokenizer
-from .engines.compile import LEVEL, Engine
+from .engines.compile import LEVEL, PLUGINS, Engine
 from .engines.install import compile_all
 from .prepare import Source, bundle_once, precision_of, wanted_precision
 
@@ -41,7 +41,8 @@ as fp32 weights take."""
 class Order:
     """What to build. out: the bundle, which may be there already. library: of the engines. target:
     ``sm_120``, or None for the GPU in this machine. contexts: fewest and most. golden, weights: see
-    :data:`GOLDEN` and ``WEIGHTS`` of the exporter."""
+    :data:`GOLDEN` and ``WEIGHTS`` of the exporter. plugins: our Triton kernels in
+    TensorRT's engines."""
 
     out: Path
     library: str
@@ -53,9 +54,16 @@ class Order:
     precision: str = "auto"
     weights: str = "link"
     golden: str = "auto"
+    plugins: bool = False
 
     def __post_init__(self) -> None:
-        """Raise InvalidInputError for a static engine of several shapes."""
+        """Raise InvalidInputError for a static engine of several shapes, or plugins for a library
+        that takes none."""
+        if self.plugins and self.library != "tensorrt":
+            raise InvalidInputError(
+                f"--plugins: expected --engine tensorrt, found {self.library}, which takes none; "
+                "leave --plugins out"
+            )
         least, most = self.contexts
         if self.static and (len(set(self.sizes)) != 1 or least != most):
             raise InvalidInputError(
@@ -79,7 +87,9 @@ def build(source: Source | None, order: Order, say: Say) -> dict[str, Any]:
                 f"--precision: expected {precision}, that of {order.out}, found {order.precision}; "
                 "build from the checkpoint for another"
             )
-    recipe = recipe_for(order.library, order.target, precision)
+    if order.plugins:
+        require("triton", "to compile plugins", "torch")
+    recipe = recipe_for(order.library, order.target, precision, order.plugins)
     if source is not None:
         bundle_once(source, order.out, precision, order.weights, say)
     bundle = open_bundle(order.out, engines=False)
@@ -108,7 +118,7 @@ def qualify_here(root: Path, say: Say) -> bool:
     return True
 
 
-def recipe_for(library: str, target: str | None, precision: str) -> Recipe:
+def recipe_for(library: str, target: str | None, precision: str, plugins: bool = False) -> Recipe:
     """How engines are compiled here. target: ``sm_120``, or None for the GPU in this machine, which
     ``tensorrt`` always builds for. Raises BackendUnavailableError with what is missing."""
     found = installed().get(library)
@@ -137,7 +147,10 @@ def recipe_for(library: str, target: str | None, precision: str) -> Recipe:
         target,
         gpu if library == "tensorrt" else None,  # tensorrt-rtx times nothing
         precision,
-        ("strongly-typed", f"optimization-level={LEVEL}", f"cuda={found.cuda}"),
+        (
+            *("strongly-typed", f"optimization-level={LEVEL}", f"cuda={found.cuda}"),
+            *([PLUGINS] if plugins else []),
+        ),
     )
 
 

@@ -144,15 +144,16 @@ def rotations(
 
 @triton.jit(do_not_specialize=["tokens", "text_tokens"])
 def _norm_rope_kernel(
-    x_ptr, scale_ptr, rope_ptr, position_ptr, out_ptr,
+    x_ptr, scale_ptr, rope_ptr, position_ptr,
     tokens, text_tokens, heads,
     x_batch, x_token, x_part, x_head,
     out_batch, out_token, out_part, out_head,
-    scale_stream, scale_part,
+    scale_stream, scale_part, out_ptr,
     PARTS: tl.constexpr, D: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr,
     A0: tl.constexpr, A1: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (blocks of tokens, groups of heads, batch × parts). Strides count elements."""
+    """Grid: (blocks of tokens, groups of heads, batch × parts). Strides count elements. The order
+    of parameters, inputs, integers, outputs, is the one in which TensorRT passes a plugin's."""
     batch = (tl.program_id(2) // PARTS).to(tl.int64)
     part = tl.program_id(2) % PARTS
     token = tl.program_id(0) * T + tl.arange(0, T)

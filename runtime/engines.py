@@ -55,13 +55,19 @@ class Recipe:
 
 
 def engine_key(
-    recipe: Recipe, graph: str, weights: Mapping[str, str], profile: Mapping[str, Any]
+    recipe: Recipe,
+    graph: str,
+    weights: Mapping[str, str],
+    profile: Mapping[str, Any],
+    code: str = "",
 ) -> str:
     """SHA-256 in hexadecimal of everything that an engine depends on.
 
     graph: digest of its bytes. weights: file -> digest. profile: as Workload.profile gives it.
+    code: of kernels that are compiled in.
     """
     facts = {"graph": graph, "weights": dict(weights), "profile": profile, **asdict(recipe)}
+    facts["code"] = code
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

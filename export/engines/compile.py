@@ -23,6 +23,8 @@ from ..hardware_types import check_types
 from .blame import blamed
 from .weights import weight_files
 
+PLUGINS = "plugins"
+"""The flag of a recipe whose engines have our kernels in them."""
 LEVEL = 3
 """Of optimisation: the libraries' own default."""
 _SHORT = 2048
@@ -43,12 +45,23 @@ class Engine:
     profile: Profile
 
     @cached_property
+    def plugin(self) -> dict[str, Any] | None:
+        """The kernel that takes the place of some nodes; None if none does."""
+        if PLUGINS not in self.recipe.flags:
+            return None
+        from .plugin_kernel import plugin_for  # needs Triton, which else is not
+
+        precision = self.bundle.precision("gpu")
+        return plugin_for(self.bundle.graph(self.component, "gpu"), precision, self.recipe.target)
+
+    @cached_property
     def key(self) -> str:
         """What the engine depends on, as one digest."""
         files = self.bundle.manifest["files"]
         graph = self.bundle.manifest["components"][self.component]["graphs"]["gpu"]
         weights = {name: files[name]["digest"] for name in weight_files(self.bundle.root / graph)}
-        return engine_key(self.recipe, files[graph]["digest"], weights, self.profile)
+        code = self.plugin["ptx"] if self.plugin else ""
+        return engine_key(self.recipe, files[graph]["digest"], weights, self.profile, code)
 
     @property
     def file(self) -> Path:
@@ -111,6 +124,7 @@ def _run(engine: Engine, out: Path, step: Callable[[], None]) -> None:
         "target": None if timed else recipe.target,
         "level": LEVEL,
         "decomposable": engine.component != "transformer" or _is_short(engine.profile),
+        "plugin": engine.plugin,
         "timing_cache": str(out.with_name(f"timing-{recipe.version}.cache")) if timed else None,
     }
     compiler = subprocess.Popen(

@@ -2,13 +2,13 @@
 
 A process of its own, so that a compiler that crashes or runs out of memory takes nothing along,
 that stopping it is always possible, and that what it allocated is gone when it ends. It imports the
-engine library and nothing of ours.
+engine library and nothing of ours but ``plugin.py``.
 
-Job, one JSON object: ``graph`` (ONNX file),
-``engine`` and ``log`` (files to write), ``profile`` (input -> least, usual, greatest shape),
-``target`` (``sm_120``, or None for the GPU in this machine), ``level`` (of optimisation),
-``timing_cache`` (file, or None), ``decomposable`` (may attention that no fused kernel covers be
-taken apart, rather than refused). Events, one JSON object a line: ``{"step": n}``,
+Job, one JSON object: ``graph`` (ONNX file), ``engine`` and ``log`` (files to write), ``profile``
+(input -> least, usual, greatest shape), ``target`` (``sm_120``, or None for the GPU in this
+machine), ``level`` (of optimisation), ``timing_cache`` (file, or None), ``decomposable`` (may
+attention that no fused kernel covers be taken apart, rather than refused), ``plugin`` (as
+``plugin.register`` takes it, or None). Events, one JSON object a line: ``{"step": n}``,
 ``{"refused": [{"node", "operator", "message"}]}``, ``{"failed": message}``, ``{"done": bytes}``.
 """
 
@@ -16,6 +16,7 @@ import json
 import os
 import sys
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsInt, TextIO
 
@@ -86,10 +87,17 @@ def _compile(job: dict[str, Any], log: TextIO) -> dict[str, Any]:
 
     logger = Logger()
     builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    if job["plugin"]:
+        flags |= _register_plugin(job["plugin"])
+    network = builder.create_network(flags)
     parser = trt.OnnxParser(network, logger)
+    if job["plugin"]:  # before the body of its name
+        parser.set_flag(trt.OnnxParserFlag.ENABLE_PLUGIN_OVERRIDE)
     if not parser.parse_from_file(job["graph"]):
         return {"refused": [_refusal(parser.get_error(i)) for i in range(parser.num_errors)]}
+    if job["plugin"] and not _has_plugins(network):
+        return {"failed": "the parser took no node for the plugin"}
     if job["decomposable"]:
         _allow_decomposition(network)
     config = builder.create_builder_config()
@@ -113,6 +121,23 @@ def _compile(job: dict[str, Any], log: TextIO) -> dict[str, Any]:
         whole.write_bytes(config.get_timing_cache().serialize())
         whole.replace(cache)
     return {"done": Path(job["engine"]).stat().st_size}
+
+
+def _register_plugin(kernel: dict[str, Any]) -> int:
+    """Make the plugin known; returns the network's flag for those with a kernel ahead of time."""
+    spec = spec_from_file_location("plugin", Path(__file__).with_name("plugin.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    plugin = module_from_spec(spec)
+    spec.loader.exec_module(plugin)
+    plugin.register(trt, kernel)
+    known: Any = trt.NetworkDefinitionCreationFlag  # TensorRT-RTX has no such flag
+    return 1 << int(known.PREFER_AOT_PYTHON_PLUGINS)
+
+
+def _has_plugins(network: "trt.INetworkDefinition") -> bool:
+    layers = (network.get_layer(index) for index in range(network.num_layers))
+    return any(layer.type == trt.LayerType.PLUGIN_V3 for layer in layers)
 
 
 def _refusal(error: "trt.ParserError") -> dict[str, str]:

@@ -59,6 +59,11 @@ def add(commands: "Commands[Parser]", common: Parser) -> None:
         default="auto",
         help="make the golden edit on the CPU (auto: only of models up to 2 GiB)",
     )
+    parser.add_argument(
+        "--plugins",
+        action="store_true",
+        help="QK-norm and RoPE by our Triton kernel (tensorrt only; not yet run on a GPU)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -105,6 +110,7 @@ def run(args: argparse.Namespace) -> None:
         precision=args.precision,
         weights=args.weights,
         golden=args.golden,
+        plugins=args.plugins,
     )
     show(build.build(None if here else source, order, _say), args.json)
 

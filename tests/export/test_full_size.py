@@ -19,12 +19,12 @@ from fluxkontext.runtime.checkpoint import find
 
 from .full_size import write_blocks, write_full_model
 
-pytestmark = pytest.mark.slow
 MEMORY_LIMIT = 4 * 2**30
 _TOKENS = {"batch": 1, "target_tokens": 4096, "context_tokens": 4096, "text_tokens": 512}
 """One edit of 1024 x 1024 pixels."""
 
 
+@pytest.mark.slow
 def test_a_whole_export_fits_in_memory(
     small_model: Path, tmp_path: Path, namespace_env: dict[str, str]
 ) -> None:
@@ -95,6 +95,7 @@ def compile_graph(graph: Path, target: str) -> dict[str, Any]:
         "level": 3,
         "decomposable": False,
         "timing_cache": None,
+        "plugin": None,
     }
     start = perf_counter()
     done = subprocess.run(
