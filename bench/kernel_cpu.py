@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.kernel_set import CANDIDATES, Situation
+from ..kernels.candidates import CANDIDATES, Situation
 from ..kernels.norm_rope import rope_table
 from .kernel_timed import Timed, size
 from .mini.training.spec import MINI

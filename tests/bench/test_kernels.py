@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fluxkontext.bench import diff, kernel_cpu, kernel_timed, kernels
 from fluxkontext.bench.document import distribution, read
 from fluxkontext.bench.kernel_timed import Timed
+from fluxkontext.kernels.candidates import CANDIDATES
 from fluxkontext.kernels.chips import CHIPS, Chip
-from fluxkontext.kernels.kernel_set import CANDIDATES
 from fluxkontext.kernels.launch import Launch
 from fluxkontext.runtime.errors import BackendUnavailableError, InvalidInputError, KontextError
 
