@@ -31,6 +31,8 @@ def problems() -> Iterator[Timed]:
     q, k, v = randn(1, TOKENS, 3, heads, dim).unbind(2)
     rope = rope_table(torch.arange(TOKENS)[:, None], (dim,), 1e4)
     up = randn(1, TOKENS, config.mlp_hidden)
+    width, side = MINI.vae.block_out_channels[0], MINI.vae.sample_size
+    picture, affine = randn(1, width, side, side), randn(width)
     arguments: dict[str, tuple[Any, ...]] = {
         "modulate": (x, shift, scale),
         "residual_modulate": (x, gate, y, shift, scale),
@@ -39,6 +41,7 @@ def problems() -> Iterator[Timed]:
         "gate_residual": (x, gate, y),
         "gelu": (up,),
         "gelu_beside": (x, up),
+        "group_norm_silu": (picture, MINI.vae.norm_num_groups, affine, affine, 1e-6),
     }
     for op, given in arguments.items():
         runs: dict[str, Callable[[], object]] = {
@@ -49,4 +52,5 @@ def problems() -> Iterator[Timed]:
         made = runs["torch"]()
         out = (made,) if isinstance(made, Tensor) else tuple(made)  # type: ignore[arg-type]
         flops = 4 * TOKENS**2 * config.hidden_size if op == "attention" else 0
-        yield Timed(op, size(*given, *out), flops, "fp32", runs)
+        taken = [argument for argument in given if isinstance(argument, Tensor)]
+        yield Timed(op, size(*taken, *out), flops, "fp32", runs)
