@@ -3,7 +3,7 @@
 import math
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -47,7 +47,13 @@ class Drawn:
         )
         return {"name": self.name, "digest": "synthetic", "synthetic": True, "parameters": count}
 
-    def pipeline(self, precision: str, device: str) -> KontextPipeline:
+    def pipeline(
+        self,
+        precision: str,
+        device: str,
+        vram_budget: int | None = None,
+        kernels: Mapping[str, str] | None = None,
+    ) -> KontextPipeline:
         """Loaded as from bf16 files, on the native backend; nothing is remembered between calls."""
         with tempfile.TemporaryDirectory(prefix="fluxkontext-") as name:
             folder = Path(name)
@@ -55,7 +61,8 @@ class Drawn:
             clip = load_tokenizer(folder / "tokenizer", CLIP_LENGTH)
             t5 = load_tokenizer(folder / "tokenizer_2", self.spec.text_length)
             checkpoint = self._checkpoint(folder)
-        backend = NativeBackend(checkpoint, device, precision, None, self.spec.text_length)
+        length = self.spec.text_length
+        backend = NativeBackend(checkpoint, device, precision, vram_budget, length, kernels=kernels)
         return KontextPipeline(
             backend,
             clip,
@@ -64,6 +71,7 @@ class Drawn:
             checkpoint.scheduler,
             name=self.name,
             memo_entries=0,
+            budget=backend.budget,
         )
 
     def _checkpoint(self, folder: Path) -> Checkpoint:

@@ -165,8 +165,10 @@ def loaded(model: Model, backend: str, precision: str, device: str) -> Iterator[
 
 
 def label(work: Work, pipe: KontextPipeline) -> str:
-    """The name of a result."""
-    return f"{work.name}, {pipe.about['backend']} {pipe.about['precision']}"
+    """The name of a result: the work, and what was asked for to do it with."""
+    about = pipe.about
+    asked = (about[key] for key in ("named", "vram_budget") if key in about)
+    return ", ".join((work.name, f"{about['backend']} {about['precision']}", *asked))
 
 
 def _todo(args: argparse.Namespace, grid: Grid) -> list[Work]:

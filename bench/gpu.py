@@ -8,17 +8,24 @@ import argparse
 import gc
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from tqdm import tqdm
 
 from ..runtime import KontextPipeline
+from ..runtime.budget import parse_bytes
 from ..runtime.commands.parsing import Parser
-from ..runtime.errors import BackendUnavailableError, KontextError, OutOfMemoryError
+from ..runtime.errors import (
+    BackendUnavailableError,
+    InvalidInputError,
+    KontextError,
+    OutOfMemoryError,
+)
 from ..runtime.geometry import Grid
+from ..runtime.plan import gib
 from .ceilings import measured as ceilings_of
 from .document import Json, distribution, document, result, warning
 from .drawn import MODELS, Drawn
@@ -44,7 +51,7 @@ _WORKS = (
 )
 """Scenario, steps and batch."""
 _HEADLINE = 1
-_LADDER = {"cuda": ["bf16", "fp8", "nvfp4"], "cpu": ["fp32", "bf16"]}
+_LADDER = {"cuda": ["bf16", "fp8", "fp8:attention=fp8", "nvfp4"], "cpu": ["fp32", "bf16"]}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,18 +68,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _rated(args: argparse.Namespace, device: str, command: Sequence[str]) -> Json:
     """The whole document."""
     model = MODELS[args.spec]
-    ladder = args.precision or _LADDER[device.partition(":")[0]]
+    ladder = [Rung.of(text) for text in args.precision or _LADDER[device.partition(":")[0]]]
     others = OtherLoad()
     ceilings = ceilings_of(device)
     rows: list[Json] = []
     doubts = [warning("synthetic_weights", "random weights: the pictures are noise")]
-    for precision in ladder:
-        for row, found in _rung(model, precision, device, args, len(ladder)):
+    for rung in ladder:
+        for row, found in _climbed(model, rung, device, args, len(ladder)):
             rows.append(_with_roofline(model, row, ceilings))
             doubts += found
     best = _best(rows)
     if best and args.sustain:
-        row, found = _sustained(model, best["parameters"]["precision"], device, args)
+        rung = next(it for it in ladder if best["name"].endswith(it.label(args.vram_budget)))
+        row, found = _sustained(model, rung, device, args)
         rows.append(row)
         doubts += found
     git = git_state()
@@ -90,6 +98,31 @@ def _rated(args: argparse.Namespace, device: str, command: Sequence[str]) -> Jso
         ceilings=ceilings,
         headline=best and headline(best),
     )
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A precision, and the implementations of some ops by name."""
+
+    precision: str
+    kernels: Mapping[str, str]
+
+    @classmethod
+    def of(cls, text: str) -> "Rung":
+        """Of ``PRECISION[:OP=NAME ...]``."""
+        precision, *pairs = text.split(":")
+        if odd := [pair for pair in pairs if "=" not in pair]:
+            raise InvalidInputError(
+                f"--precision: expected PRECISION[:OP=NAME ...], such as fp8:attention=fp8, "
+                f"found {odd[0]} in {text}"
+            )
+        return cls(precision, dict(pair.split("=", 1) for pair in pairs))
+
+    def label(self, budget: int | None) -> str:
+        """What the name of a result ends with, as :func:`.edit.label` has it."""
+        named = " ".join(map("=".join, self.kernels.items()))
+        parts = (f"native {self.precision}", named, "" if budget is None else gib(budget))
+        return ", ".join(part for part in parts if part)
 
 
 def headline(row: Json) -> Json:
@@ -122,48 +155,57 @@ def _works(grid: Grid) -> list[Work]:
     return [works([name], grid, [steps], [batch])[0] for name, steps, batch in _WORKS]
 
 
-def _rung(
-    model: Drawn, precision: str, device: str, args: argparse.Namespace, rungs: int
+def _climbed(
+    model: Drawn, rung: Rung, device: str, args: argparse.Namespace, rungs: int
 ) -> Iterator[tuple[Json, list[Json]]]:
-    """The suite in one precision; what does not fit, or cannot run here, is a row that says so."""
+    """The suite on one rung; what does not fit, or cannot run here, is a row that says so."""
     vae = model.spec.vae
     todo = _works(Grid(2 * vae.downscale, vae.sample_size))
     effort = effort_of(args)
     seconds = effort.seconds and effort.seconds / rungs / len(todo)
     disabled = True if args.quiet else None
     try:
-        with _loaded(model, precision, device) as pipe:
+        with _loaded(model, rung, device, args) as pipe:
             for work in todo:
                 with tqdm(disable=disabled, desc=label(work, pipe), leave=False) as bar:
                     limits = replace(effort, seconds=seconds)
                     try:
                         row = measure(pipe, work, limits, bar, shapes_of(model.spec))
                     except OutOfMemoryError as error:
-                        row = _skipped(model, work, precision, device, error), []
+                        row = _skipped(model, work, rung, device, args, error), []
                 yield row
     except (BackendUnavailableError, OutOfMemoryError) as error:
         for work in todo:
-            yield _skipped(model, work, precision, device, error), []
+            yield _skipped(model, work, rung, device, args, error), []
 
 
-def _skipped(model: Drawn, work: Work, precision: str, device: str, error: KontextError) -> Json:
+def _skipped(
+    model: Drawn,
+    work: Work,
+    rung: Rung,
+    device: str,
+    args: argparse.Namespace,
+    error: KontextError,
+) -> Json:
     vae = model.spec.vae
     grid = Grid(2 * vae.downscale, vae.sample_size)
     parameters = {
         **work.shape(grid, model.spec.text_length),
-        "precision": precision,
+        "precision": rung.precision,
         "backend": "native",
         "device": device,
         "implementation": "fluxkontext",
     }
-    name = f"{work.name}, native {precision}"
+    name = f"{work.name}, {rung.label(args.vram_budget)}"
     return result(name, work.scenario, parameters, reason=str(error))
 
 
 @contextmanager
-def _loaded(model: Drawn, precision: str, device: str) -> Iterator[KontextPipeline]:
+def _loaded(
+    model: Drawn, rung: Rung, device: str, args: argparse.Namespace
+) -> Iterator[KontextPipeline]:
     """For this block; its memory is given back, or the next precision would not fit."""
-    with model.pipeline(precision, device) as pipe:
+    with model.pipeline(rung.precision, device, args.vram_budget, rung.kernels) as pipe:
         yield pipe
     gc.collect()
     if device.startswith("cuda"):
@@ -179,7 +221,8 @@ def _with_roofline(model: Drawn, row: Json, ceilings: Json) -> Json:
     cost = step_cost(model.spec.transformer, parameters["tokens"], parameters["batch"], precision)
     step = row["step"]["p50"]
     refuse_impossible(row["name"], cost.flop, step, ceilings)
-    return {**row, "roofline": roofline(cost, precision, ceilings, step)}
+    attention_fp8 = "attention=fp8" in row["details"].get("kernels", "").split()
+    return {**row, "roofline": roofline(cost, precision, ceilings, step, attention_fp8)}
 
 
 def _best(rows: Sequence[Json]) -> Json | None:
@@ -196,13 +239,13 @@ def _best(rows: Sequence[Json]) -> Json | None:
 
 
 def _sustained(
-    model: Drawn, precision: str, device: str, args: argparse.Namespace
+    model: Drawn, rung: Rung, device: str, args: argparse.Namespace
 ) -> tuple[Json, list[Json]]:
     """The headline's work again and again for ``--sustain`` seconds, with the GPU's state after
     every call."""
     reader = reader_of(device)
     series: list[Json] = []
-    with _loaded(model, precision, device) as pipe:
+    with _loaded(model, rung, device, args) as pipe:
         work = _works(pipe.grid)[_HEADLINE]
         name, arguments = f"sustained {label(work, pipe)}", work.arguments()
         pipe(**arguments)
@@ -237,7 +280,18 @@ def _parser() -> Parser:
         parents=[common(model=False)],
     )
     parser.add_argument("--spec", choices=list(MODELS), default="full", help="default: full")
-    parser.add_argument("--precision", type=several, help="default: bf16,fp8,nvfp4")
+    parser.add_argument(
+        "--precision",
+        type=several,
+        metavar="PRECISION[:OP=NAME ...],...",
+        help="with ops by name; default: bf16,fp8,fp8:attention=fp8,nvfp4",
+    )
+    parser.add_argument(
+        "--vram-budget",
+        type=parse_bytes,
+        metavar="N",
+        help="what the device may spend, such as 14GiB; what does not fit is streamed",
+    )
     parser.add_argument(
         "--sustain", type=whole, default=60, metavar="SECONDS", help="default: %(default)s"
     )

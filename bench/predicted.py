@@ -11,7 +11,8 @@ _STAGES = {"image": "vae_encode", "decode": "vae_decode"}
 
 
 def predicted(shapes: ModelShapes, pipe: KontextPipeline, work: Work) -> dict[str, int]:
-    """Peak bytes on a GPU that holds everything, by stage, and ``total``; nothing is remembered."""
+    """Peak bytes by stage, and ``total``, on a GPU that holds everything or, within a budget, what
+    the edit's plan wants there; nothing is remembered."""
     load = Workload(
         work.target,
         work.contexts,
@@ -20,7 +21,8 @@ def predicted(shapes: ModelShapes, pipe: KontextPipeline, work: Work) -> dict[st
         pipe.tokenizer_2.model_max_length,
         remembered=0,
     )
-    plan = Planner(shapes, pipe.about["precision"]).evaluate(Placement(graphs=True), load)
+    placement = pipe.budget.plan.placement if pipe.budget else Placement(graphs=True)
+    plan = Planner(shapes, pipe.about["precision"]).evaluate(placement, load)
     stages = {_STAGES.get(stage.name, stage.name): stage.total for stage in plan.stages}
     if not work.contexts:
         del stages["vae_encode"]

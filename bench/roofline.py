@@ -66,15 +66,20 @@ def step_cost(
 
 
 def roofline(
-    cost: StepCost, precision: str, ceilings: Json, step_seconds: float | None
+    cost: StepCost,
+    precision: str,
+    ceilings: Json,
+    step_seconds: float | None,
+    attention_fp8: bool = False,
 ) -> Json | None:
     """As the schema's ``roofline``; None where the needed products were not measured.
 
-    Attention runs in bf16 (fp32 for fp32) whatever the linears do.
+    Attention runs in bf16 (fp32 for fp32) whatever the linears do, unless it is said to be FP8.
     """
     flops = {name: found["p50"] for name, found in ceilings["flops"].items()}
     linear = flops.get(_CEILING[precision])
-    attention = flops.get("fp32" if precision == "fp32" else "bf16")
+    plain = "fp32" if precision == "fp32" else "bf16"
+    attention = flops.get("fp8" if attention_fp8 else plain)
     if linear is None or attention is None:
         return None
     compute = cost.linear / linear + cost.attention / attention

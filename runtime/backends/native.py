@@ -25,7 +25,7 @@ from ..models.t5 import T5Encoder
 from ..models.transformer import Flux
 from ..models.vae import Vae, pack, scale, unpack, unscale
 from ..placement import Placed
-from ..plan import Planner
+from ..plan import Planner, gib
 from ..tensor_shapes import ModelShapes
 from .precision import choose_precision
 
@@ -115,6 +115,8 @@ class NativeBackend:
         self.details: Mapping[str, str] = {
             "kernels": ops.name,
             **({"recipe": recipe} if recipe else {}),
+            **({"named": " ".join(map("=".join, kernels.items()))} if kernels else {}),
+            **({"vram_budget": gib(vram_budget)} if vram_budget is not None else {}),
         }
         self._clip = self._load(checkpoint.text_encoder, ClipText, dtype)
         self._t5 = self._load(checkpoint.text_encoder_2, T5Encoder, dtype)

@@ -217,6 +217,22 @@ def rated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return read(folder / "gpu.json")
 
 
+def test_a_rung_names_its_results_as_they_are_measured() -> None:
+    spec = small_spec()
+    small = Drawn("small", spec, lambda where: write_tokenizers(where, spec.text_length))
+    rung, budget = gpu.Rung.of("fp8:norm_rope=torch:gelu=torch"), 2**30
+    assert rung == gpu.Rung("fp8", {"norm_rope": "torch", "gelu": "torch"})
+    with small.pipeline(rung.precision, "cpu", budget, rung.kernels) as pipe:
+        work = works(["edit"], pipe.grid, [2], [1])[0]
+        assert edit.label(work, pipe) == f"{work.name}, {rung.label(budget)}"
+        assert {"norm_rope=torch", "gelu=torch"} <= set(pipe.about["kernels"].split())
+        assert pipe.budget is not None
+        assert pipe.budget.limit == budget
+    assert gpu.Rung.of("bf16").label(None) == "native bf16"
+    with pytest.raises(InvalidInputError, match="found attention in fp8:attention"):
+        gpu.Rung.of("fp8:attention")
+
+
 def test_a_ladder_of_precisions(rated: dict[str, Any]) -> None:
     rows = rated["results"]
     assert rated["suite"] == {"name": "gpu", "version": 1}
