@@ -3,7 +3,7 @@ PYTHON ?= python
 # which other libraries probe for.
 RUN = $(PYTHON) -P -m
 
-.PHONY: check lint types test wheel
+.PHONY: check lint types test gpu wheel
 
 check: lint types test
 
@@ -18,6 +18,21 @@ types:
 
 test:
 	$(RUN) pytest
+
+# On a machine with a GPU: whether everything is right there, then how fast; documents go to $(OUT).
+# What fails does not keep the rest from running.
+OUT ?= build/gpu
+BENCH = $(PYTHON) -P -m fluxkontext.runtime.cli bench
+gpu:
+	mkdir -p $(OUT)
+	-$(RUN) pytest -m gpu | tee $(OUT)/tests.txt
+	-$(BENCH) kernels --out $(OUT)/kernels.json
+	-$(BENCH) gpu --out $(OUT)/gpu.json
+	-$(BENCH) gpu --sustain 0 --precision fp8:attention=fp8 --vram-budget 14GiB \
+		--out $(OUT)/gpu-14GiB.json
+	-$(BENCH) gpu --sustain 0 --precision nvfp4 --vram-budget 9GiB \
+		--out $(OUT)/gpu-9GiB.json
+	-$(BENCH) report $(OUT)/*.json -o $(OUT)/report.html
 
 # A stale build/lib would put deleted files into the wheel.
 wheel:
