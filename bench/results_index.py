@@ -126,7 +126,7 @@ def performance(documents: Documents) -> list[str]:
         return ["No figure is committed yet, so none is claimed."]
     rows = []
     for path, document in documents.items():
-        if document["benchmark"] == "kernels":  # the index has them; none stands for an edit
+        if document["benchmark"] == "kernels":  # none of them stands for an edit
             continue
         where = [device(document), shlex.join(document["command"]), commit(document)[:12], path]
         if not document["comparisons"] and (row := quoted(document)) is not None:
@@ -204,7 +204,7 @@ def _document(path: str, document: Json) -> list[str]:
     rows += [
         [row["name"], NOT_MEASURED, "–", "–", str(row["reason"])]
         for row in document["results"]
-        if row["latency"] is None
+        if row["status"] == "skipped"
     ]
     columns = ["Result", "Median", "p95", "Samples", "Process start to picture"]
     lines += ["", *table_lines(Table("", columns, rows))]
