@@ -131,7 +131,8 @@ def _graphs(args: argparse.Namespace, model: Model, stack: ExitStack) -> Path | 
     if args.bundle is not None:
         return Path(args.bundle)
     wanted = args.backend == "onnx" or ONNX in (args.peers or ())
-    if not wanted and (not on_cpu(args.device) or find_spec("onnxscript") is None):
+    missing = [name for name in ("onnxscript", "onnxruntime") if find_spec(name) is None]
+    if not wanted and (missing or not on_cpu(args.device)):
         return None
     return stack.enter_context(exported(model))
 

@@ -85,6 +85,7 @@ def result(name: str, scenario: str, parameters: Mapping[str, Any], **measured: 
         "work": None,
         "roofline": None,
         "load": None,
+        "quality": None,
         "devices": None,
         "series": [],
         "details": {},

@@ -1,13 +1,15 @@
 """How often edits come out exactly right: ``fluxkontext bench quality --model M --out FOLDER``.
 
 Runs held-out requests of every kind through the pipeline, the same with the same seeds for every
-setting, and scores the pictures exactly (`bench/mini/score.py`). Writes ``quality.json`` and, for
-every kind, a sheet of pictures: before, after, expected.
+setting, and scores the pictures exactly (`bench/mini/score.py`). Writes ``quality.json`` with
+every single score, ``document.json`` for reports, and, for every kind, a sheet of pictures: before,
+after, expected.
 """
 
 import argparse
 import json
 import platform
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
@@ -18,14 +20,25 @@ from tqdm import tqdm
 
 from ..runtime import KontextPipeline
 from ..runtime.about import VERSION
+from ..runtime.commands.parsing import Parser, count
 from ..runtime.errors import InvalidInputError
+from .document import Json, result, write
+from .document import document as common_document
+from .environment import environment, git_state, git_warnings
+from .measure import OtherLoad, throughput
+from .mini.backdrops import CANVAS
 from .mini.gallery import Entry, sheet
 from .mini.instructions import EDIT_KINDS, KINDS, PAIR_KINDS, Sample
 from .mini.requests import Answer, Settings, answer, draw_chains, draw_requests, follow
 from .mini.scenes import render
 from .mini.score import EditScore, chain_summary, compare, summary
+from .models import opened
+from .options import counts, several, whole
+from .scenarios import Work
 
 SCHEMA = 1
+SUITE = ("quality", 1)
+"""Name and version of the requests and of their scores."""
 _FIELDS = ("exact", "changed_ok", "untouched_ok", "garbled", "psnr_untouched")
 _TOGETHER = {"single": EDIT_KINDS, "two_image": PAIR_KINDS}
 """Rows of a summary over several kinds; a kind of its own has a row of its own."""
@@ -51,11 +64,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "runs": [],
     }
     args.out.mkdir(parents=True, exist_ok=True)
+    load, rows, device = OtherLoad(), [], args.device
     for precision, pipe in _pipelines(args):
         for steps in args.steps:
             settings = Settings(steps, args.guidance, args.batch)
             run, answers = measure(pipe, requests, chains, settings, args.seed)
             document["runs"].append(run)
+            rows.append(_row_of(run, pipe, args.seed))
+            device = run["device"]
             if len(document["runs"]) == 1:
                 write_sheets(args.out, answers)
             _print(f"{precision}, {steps} steps", run)
@@ -66,6 +82,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     file = args.out / "quality.json"
     file.write_text(json.dumps(document) + "\n", encoding="utf-8")
     print(file)
+    with opened(args.model) as model:
+        facts = model.facts
+    git = git_state()
+    found = common_document(
+        "quality",
+        SUITE,
+        git=git,
+        command=["fluxkontext", "bench", "quality", *(sys.argv[1:] if argv is None else argv)],
+        model=facts,
+        environment=environment(device, None, None),
+        warnings=[*git_warnings(git), *load.warnings()],
+        results=rows,
+    )
+    write(found, args.out / "document.json")
+    print(args.out / "document.json")
     return 0
 
 
@@ -101,6 +132,19 @@ def measure(
         },
     }
     return run, answers
+
+
+def _row_of(run: Mapping[str, Any], pipe: KontextPipeline, seed: int) -> Json:
+    """A run as a result of a document. Contexts differ from request to request, so none is said."""
+    work = Work("quality", (CANVAS, CANVAS), (), run["steps"], run["batch"], seed)
+    pictures = sum(map(len, run["scores"].values()))
+    return result(
+        f"{run['backend']} {run['precision']}, {run['steps']} steps",
+        work.scenario,
+        {**work.parameters(pipe), "guidance": run["guidance"]},
+        throughput=throughput(pictures, run["seconds"]) if not run["chains"]["n"] else None,
+        quality=run["summary"],
+    )
 
 
 def summarise(answers: Answers) -> dict[str, dict[str, float | None]]:
@@ -193,10 +237,6 @@ def _print(title: str, run: Mapping[str, Any]) -> None:
         print(f"  all right after each turn: {run['chains']['exact']}")
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
 def _kinds(text: str) -> list[str]:
     kinds = text.split(",")
     if unknown := [kind for kind in kinds if kind not in KINDS]:
@@ -204,21 +244,23 @@ def _kinds(text: str) -> list[str]:
     return kinds
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("fluxkontext bench quality", description=__doc__.split(":")[0])
+def _parser() -> Parser:
+    parser = Parser("fluxkontext bench quality", description=__doc__.split(":")[0])
     parser.add_argument("--model", required=True, help="a miniature, as `train export` writes it")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--samples", type=int, default=112, help="per kind (default: %(default)s)")
+    parser.add_argument(
+        "--samples", type=count, default=112, help="per kind (default: %(default)s)"
+    )
     parser.add_argument("--kinds", type=_kinds, default=KINDS, help="some of: " + ",".join(KINDS))
-    parser.add_argument("--chains", type=int, default=48, help="of edits in a row")
-    parser.add_argument("--turns", type=int, default=10, help="of a chain")
-    parser.add_argument("--steps", type=_numbers, default=[28], help="one or more: 28,8,4")
-    parser.add_argument("--backend", type=lambda text: text.split(","), default=["auto"])
-    parser.add_argument("--precision", type=lambda text: text.split(","), default=["auto"])
+    parser.add_argument("--chains", type=whole, default=48, help="of edits in a row")
+    parser.add_argument("--turns", type=count, default=10, help="of a chain")
+    parser.add_argument("--steps", type=counts, default=[28], help="one or more: 28,8,4")
+    parser.add_argument("--backend", type=several, default=["auto"])
+    parser.add_argument("--precision", type=several, default=["auto"])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--guidance", type=float, default=2.5)
-    parser.add_argument("--batch", type=int, default=16, help="pictures at once")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=count, default=16, help="pictures at once")
+    parser.add_argument("--seed", type=whole, default=0)
     parser.add_argument("--split", choices=("held_out", "train"), default="held_out")
     parser.add_argument("--against", type=Path, help="another quality.json to compare with")
     return parser

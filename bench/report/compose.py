@@ -26,6 +26,7 @@ _PARTS: Sequence[Callable[[Json], Section | None]] = (
     conditions.cold,
     conditions.load,
     conditions.sustained,
+    conditions.quality,
     conditions.work,
     conditions.skipped,
     conditions.repeat,

@@ -157,6 +157,23 @@ def sustained(document: Json) -> Section | None:
     )
 
 
+def quality(document: Json) -> Section | None:
+    """How often edits come out exactly right."""
+    rows = [row for row in document["results"] if row.get("quality")]
+    if not rows:
+        return None
+    kinds = list(dict.fromkeys(kind for row in rows for kind in row["quality"]))
+    table = []
+    for kind in kinds:
+        found = [row["quality"].get(kind) for row in rows]
+        exact = [wording.number(scores and scores["exact"], "%") for scores in found]
+        requests = next(int(scores["n"]) for scores in found if scores)
+        table.append([kind, *exact, str(requests)])
+    columns = ["Requests", *(row["name"] for row in rows), "Count"]
+    note = "Pictures that are what was asked for, in every place; the rest of it untouched."
+    return Section("Exactly right", tables=[Table("", columns, table, note)])
+
+
 def skipped(document: Json) -> Section | None:
     """What was not measured, and why."""
     rows = [[r["name"], str(r["reason"])] for r in document["results"] if r["status"] == "skipped"]

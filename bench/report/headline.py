@@ -12,8 +12,8 @@ Json = Mapping[str, Any]
 
 
 def headline(document: Json) -> Section | None:
-    """Cards of the comparisons and of the result to quote; kernels have none of these."""
-    if document["benchmark"] == "kernels":
+    """Cards of the comparisons and of the result to quote; kernels and scores have neither."""
+    if document["benchmark"] in ("kernels", "quality"):
         return None
     row = quoted(document)
     cards = [_comparison_card(c) for c in document["comparisons"]]

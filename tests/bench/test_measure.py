@@ -212,10 +212,12 @@ def test_how_long_it_measures(rounds: int | None, seconds: float | None, expecte
 
 
 def test_a_time_is_kept() -> None:
+    """Rounds go on until it is over, and no longer; how many fit is the machine's affair."""
     start = time.perf_counter()
     taken = interleaved({"": lambda: lasts(0.01)}, Effort(0, None, 0.2))[""]
-    assert 10 <= len(taken) <= 21
-    assert 0.2 <= time.perf_counter() - start < 1
+    assert time.perf_counter() - start >= 0.2
+    assert sum(taken[:-1]) < 0.2
+    assert len(taken) <= 21
 
 
 def test_some_limit_has_to_be_there() -> None:

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from fluxkontext.bench import quality
+from fluxkontext.bench.document import read
 from fluxkontext.bench.mini.instructions import EDIT_KINDS, KINDS
 from fluxkontext.bench.mini.requests import (
     Settings,
@@ -21,6 +22,7 @@ from fluxkontext.bench.mini.requests import (
 )
 from fluxkontext.bench.mini.scenes import render
 from fluxkontext.bench.mini.score import EditScore
+from fluxkontext.bench.report.command import main as report
 from fluxkontext.bench.synthetic import write_checkpoint
 from fluxkontext.runtime.cli import main
 
@@ -140,6 +142,17 @@ def test_end_to_end(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert each["chains"] == {"n": 2, "exact": [0.0, 0.0]}
     assert document["summary"]["single"]["n"] == 2 * len(EDIT_KINDS)
     assert {line["steps"] for line in document["comparisons"]} == {2}
+    common = read(first / "document.json")
+    assert [row["name"] for row in common["results"]] == [
+        "native fp32, 1 steps",
+        "native fp32, 2 steps",
+    ]
+    for row, each in zip(common["results"], document["runs"], strict=True):
+        assert row["quality"] == each["summary"]
+    assert report([str(first / "document.json"), "-o", str(tmp_path / "report.html")]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "Exactly right" in page
+    assert "recolour" in page
     for kind in KINDS:
         with Image.open(first / f"{kind}.png") as page:
             assert page.width > 3 * 128
