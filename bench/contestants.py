@@ -65,25 +65,20 @@ def ours(
             return np.asarray(pipe(**work.arguments()).images[0])
 
         def counted(work: Work) -> tuple[Pixels, Json]:
-            native = isinstance(pipe.backend, NativeBackend)
-            forwards = 0
-
-            def count(*_: object) -> None:
-                nonlocal forwards
-                forwards += 1
-
             with ExitStack() as counting:
                 counting.enter_context(launching(name, kernels, about["device"]))
+                native = None
                 if isinstance(pipe.backend, NativeBackend):
-                    hook = pipe.backend.denoiser.register_forward_pre_hook(count)
-                    counting.callback(hook.remove)
+                    native = counting.enter_context(_evaluations(pipe.backend))
                 clock = counting.enter_context(timed(pipe))
                 counter = counting.enter_context(FlopCounterMode(display=False))
                 picture = edit(work)
+            steps = len(clock.take().spans["denoise"])
+            flop = float(counter.get_total_flops()) if native and not native.replays else None
             return picture, {
-                "forwards": forwards if native else len(clock.take().spans["denoise"]),
+                "forwards": native.all if native else steps,
                 "tokens": clock.tokens,
-                "flop": float(counter.get_total_flops()) if native else None,
+                "flop": flop,  # what a graph replays is not counted
             }
 
         def first(work: Work, folder: Path) -> list[str]:
@@ -104,6 +99,37 @@ def ours(
             ),
             pipe,
         )
+
+
+@dataclass
+class Evaluations:
+    """Of the transformer: calls, of which ``captures`` recorded a CUDA graph and computed
+    nothing, and replays of graphs, which call nothing."""
+
+    calls: int = 0
+    captures: int = 0
+    replays: int = 0
+
+    @property
+    def all(self) -> int:
+        return self.calls - self.captures + self.replays
+
+
+@contextmanager
+def _evaluations(backend: NativeBackend) -> Iterator[Evaluations]:
+    """Those in this block; known when it ends."""
+    found = Evaluations(captures=-backend.captures, replays=-backend.replays)
+
+    def count(*_: object) -> None:
+        found.calls += 1
+
+    hook = backend.denoiser.register_forward_pre_hook(count)
+    try:
+        yield found
+    finally:
+        hook.remove()
+        found.captures += backend.captures
+        found.replays += backend.replays
 
 
 def peer(known: Peer, model: Model, device: str, text_tokens: int) -> Contestant:

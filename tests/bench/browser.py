@@ -97,6 +97,9 @@ class Browser:
         until = time.monotonic() + TIMEOUT
         while not self._loaded:
             self._message(until)
+        # loaded is not drawn: the second frame begins when the first is on the screen
+        drawn = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+        self.call("Runtime.evaluate", expression=drawn, awaitPromise=True)
 
     def evaluate(self, expression: str) -> Any:
         """The value of a JavaScript expression on the page."""

@@ -1,5 +1,6 @@
 """Comparisons: equal work on both sides, counted; anything else is refused."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,15 @@ import pytest
 import torch
 
 from fluxkontext.bench import compare
-from fluxkontext.bench.contestants import MEMO, NATIVE, OURS, Contestant, agreement, same_work
+from fluxkontext.bench.contestants import (
+    MEMO,
+    NATIVE,
+    OURS,
+    Contestant,
+    agreement,
+    ours,
+    same_work,
+)
 from fluxkontext.bench.document import read
 from fluxkontext.bench.launched import launching, of_our_kernels
 from fluxkontext.bench.peers import PEERS, Peer
@@ -143,3 +152,27 @@ def test_what_has_to_run_is_what_the_backend_says() -> None:
     assert of_our_kernels(said, "bf16") == ["_modulate_kernel"]
     assert len(of_our_kernels(said, "fp8")) == 2
     assert of_our_kernels("", "fp32") == []
+
+
+class Recorder:
+    """Like CUDA's: capturing calls the work, replaying calls nothing."""
+
+    def capture(self, work: Any) -> "Recorder":
+        work()
+        return self
+
+    def replay(self) -> None:
+        pass
+
+    def reset(self) -> None:
+        pass
+
+
+def test_steps_that_a_graph_replays_are_counted(small_model: Path) -> None:
+    with ours(OURS, small_model, "native", "fp32", "cpu") as (one, pipe):
+        pipe.backend._executor._recorder = Recorder()  # type: ignore[attr-defined]
+        for _ in range(2):  # with the capture, and with replays alone
+            work = one.counted(replace(WORK, steps=5))[1]
+            assert work["forwards"] == 5
+            assert work["flop"] is None
+        pipe.backend._executor._recorder = None  # type: ignore[attr-defined]

@@ -1,5 +1,6 @@
 """A report of a real run in a real browser, as a phone and a desk show it."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from fluxkontext.bench import edit
 from fluxkontext.bench.report.command import main
 
 from .browser import Browser, executable
+from .documents import full
 
 _OVERFLOW = """
 [...document.querySelectorAll('body *')]
@@ -71,6 +73,19 @@ def test_fits_every_screen(browser: Browser, report: Path, width: int, scheme: s
     assert browser.evaluate(_OVERFLOW) == []
     assert browser.evaluate(_SMALLEST_TEXT) >= 8  # CSS pixels
     assert browser.evaluate(_CONTRAST) >= 4.5  # WCAG 2.2, AA
+
+
+def test_every_kind_of_plot_fits_a_phone(browser: Browser, tmp_path: Path) -> None:
+    """A document with all that there is: A/B table, roofline, load, a sustained run."""
+    run, page = tmp_path / "run.json", tmp_path / "report.html"
+    run.write_text(json.dumps(full()), encoding="utf-8")
+    assert main([str(run), "-o", str(page)]) == 0
+    browser.show(page.as_uri(), 360, "dark")
+    assert browser.evaluate("document.documentElement.scrollWidth") == 360
+    assert browser.evaluate(_OVERFLOW) == []
+    assert browser.evaluate(_CONTRAST) >= 4.5
+    titles = browser.evaluate("[...document.querySelectorAll('figure h3')].map(e => e.innerText)")
+    assert {"Ratio of medians", "Every sample", "Median of each step", "Roofline"} <= set(titles)
 
 
 def test_plots_are_drawn(browser: Browser, report: Path) -> None:
