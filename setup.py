@@ -80,6 +80,11 @@ PACKAGE_DATA = {f"fluxkontext.{root}": ["py.typed"] for root in ROOTS}
 PACKAGE_DATA["fluxkontext.bench"].append("document.schema.json")
 PACKAGE_DATA["fluxkontext.export"].append("manifest.schema.json")
 PACKAGE_DATA["fluxkontext.bench.report"] = ["style.css"]
+# The trained miniature, a bundle: whatever files it has.
+MINI = HERE / "runtime" / "mini"
+PACKAGE_DATA["fluxkontext.runtime"] += [
+    file.relative_to(MINI.parent).as_posix() for file in sorted(MINI.rglob("*")) if file.is_file()
+]
 
 setup(
     name="fluxkontext",

@@ -27,6 +27,7 @@ from ..runtime.schedule import SchedulerConfig
 from ..runtime.tokenizer import load_tokenizer
 from .engines.compile import LEVEL, PLUGINS, Engine
 from .engines.install import compile_all
+from .pack import pack
 from .prepare import Source, bundle_once, precision_of, wanted_precision
 
 Say = Callable[[str], None]
@@ -42,7 +43,7 @@ class Order:
     """What to build. out: the bundle, which may be there already. library: of the engines. target:
     ``sm_120``, or None for the GPU in this machine. contexts: fewest and most. golden, weights: see
     :data:`GOLDEN` and ``WEIGHTS`` of the exporter. plugins: our Triton kernels in
-    TensorRT's engines."""
+    TensorRT's engines. pack: where to put what engines alone need."""
 
     out: Path
     library: str
@@ -55,6 +56,7 @@ class Order:
     weights: str = "link"
     golden: str = "auto"
     plugins: bool = False
+    pack: Path | None = None
 
     def __post_init__(self) -> None:
         """Raise InvalidInputError for a static engine of several shapes, or plugins for a library
@@ -97,11 +99,14 @@ def build(source: Source | None, order: Order, say: Say) -> dict[str, Any]:
     golden_once(bundle, workload, order.golden, say)
     entry = compile_all(engines_of(bundle, recipe, workload), workload, say)
     qualified = qualify_here(order.out, say)
+    if order.pack is not None:
+        pack(order.out, order.pack, say)
     return {
         "bundle": str(order.out),
         "engines": recipe.set_name,
         **{key: entry[key] for key in ("library", "version", "target", "precision")},
         "qualified": qualified,
+        **({"packed": str(order.pack)} if order.pack is not None else {}),
     }
 
 

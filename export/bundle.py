@@ -3,9 +3,9 @@
 The folder is built under another name and takes its own only when it is whole.
 """
 
-import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,6 +19,7 @@ from ..runtime.about import VERSION
 from ..runtime.bundle import MANIFEST, SCHEMA_VERSION, digest, dump_manifest
 from ..runtime.checkpoint import Checkpoint, Component
 from ..runtime.errors import InvalidInputError, KontextError
+from ..runtime.files import whole_folder
 from ..runtime.schedule import sigmas_for
 from .calibration import Calibration
 from .components import Graph, graphs
@@ -43,6 +44,7 @@ def write_bundle(
     weights: str = "link",
     progress: bool = False,
     calibration: Calibration | None = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Export ``checkpoint`` to the folder ``out``, which must not exist; no weight is read.
 
@@ -50,9 +52,10 @@ def write_bundle(
     fp32. Quantised weights stay as they are stored, and their products as the recipe says.
     weights: ``link`` (hard links; copies where the file system has none) or ``copy``.
     calibration: with it, attention of an ``fp8-static`` checkpoint is in FP8 on GPUs, too.
+    extra: for the manifest.
     """
-    if out.exists():
-        raise InvalidInputError(f"{out}: expected a folder that does not exist, found one")
+    if out.exists():  # before any work
+        raise _there(out)
     networks = _networks(checkpoint)
     for part, network in networks.items():
         check_exportable(part, network.weights)
@@ -62,9 +65,7 @@ def write_bundle(
             f"calibration: expected a checkpoint in fp8-static, whose attention it is for, found "
             f"{recipe or 'one that is not quantised'}; leave it out"
         )
-    building = out.with_name(f".{out.name}-{os.getpid()}")
-    building.mkdir(parents=True)
-    try:
+    with _new_folder(out) as building:
         places = _places(networks)
         for source, place in places.items():  # the checker wants files, and refuses links
             _placeholder(source, building / place)
@@ -81,15 +82,25 @@ def write_bundle(
                     )
                     bar.update()
         for source, place in places.items():
-            _place(source, building / place, weights)
+            put(source, building / place, weights)
         _copy_small_files(checkpoint, networks, building)
-        manifest = _manifest(checkpoint, described, precisions)
+        manifest = _manifest(checkpoint, described, precisions) | (extra or {})
         manifest["files"] = _files(building, progress)
         (building / MANIFEST).write_text(dump_manifest(manifest), encoding="utf-8")
-        building.rename(out)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """:func:`whole_folder`, for users."""
+    try:
+        with whole_folder(out) as building:
+            yield building
+    except FileExistsError:
+        raise _there(out) from None
+
+
+def _there(out: Path) -> InvalidInputError:
+    return InvalidInputError(f"{out}: expected a folder that does not exist, found one")
 
 
 def _networks(checkpoint: Checkpoint) -> dict[str, Component[Any]]:
@@ -113,9 +124,10 @@ def _placeholder(source: Path, place: Path) -> None:
         file.truncate(source.stat().st_size)
 
 
-def _place(source: Path, place: Path, weights: str) -> None:
-    """Put a weights file in its place; of a link in a cache, what it points to."""
-    place.unlink()
+def put(source: Path, place: Path, weights: str) -> None:
+    """Put a file in its place, linked or copied; of a link in a cache, what it points to."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.unlink(missing_ok=True)
     real = source.resolve()
     if weights == "link":
         try:

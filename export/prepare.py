@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..runtime.bundle import Bundle, digest, open_bundle, update_manifest
+from ..runtime.bundle import Bundle, digest, open_bundle
 from ..runtime.checkpoint import Checkpoint, find
 from ..runtime.errors import InvalidInputError
 from ..runtime.pipeline import KontextPipeline
@@ -77,16 +77,18 @@ def bundle_once(
     if out.exists():
         bundle = open_bundle(out, engines=False)
         same = (
-            bundle.manifest.get("source") == fingerprint(checkpoint)
+            bundle.manifest.get("source") == _mark(source, checkpoint)
             if quantise
             else _holds(bundle, checkpoint)
         )
         if precision_of(bundle) != precision or not same:
             raise InvalidInputError(
-                f"{out}: expected a bundle of {checkpoint.name} in {precision}, found one of "
+                f"{out}: expected a bundle of {checkpoint.name} in {precision}"
+                f"{', calibrated as asked' if quantise else ''}, found one of "
                 f"{bundle.manifest['model']} in {precision_of(bundle)}; name another folder, or "
                 "remove this one"
             )
+        shutil.rmtree(stages_folder(out), ignore_errors=True)
         say(f"export: {out} is there")
         return
     calibration = source.calibration
@@ -103,11 +105,9 @@ def bundle_once(
         weights,
         sys.stderr.isatty(),
         read_calibration(calibration) if calibration and precision == "fp8" else None,
+        {"model": checkpoint.name, "source": _mark(source, checkpoint)} if quantise else None,
     )
-    if quantise:
-        mark = fingerprint(checkpoint)
-        update_manifest(out, lambda manifest: manifest.update(source=mark))
-        shutil.rmtree(stages_folder(out))
+    shutil.rmtree(stages_folder(out), ignore_errors=True)
 
 
 def _holds(bundle: Bundle, checkpoint: Checkpoint) -> bool:
@@ -136,7 +136,7 @@ def quantised(
     A stage that a killed run finished is taken; what a run left of another checkpoint is not.
     """
     recipe = RECIPE_FOR[precision]
-    folder = stages_folder(out) / f"{recipe}-{fingerprint(checkpoint)[:16]}"
+    folder = stages_folder(out) / f"{recipe}-{_mark(source, checkpoint)[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     done = folder / "checkpoint"
     if not done.exists():
@@ -156,12 +156,14 @@ def _calibrate(source: Source, file: Path) -> None:
         calibrate(pipe, [SCENE], steps=source.steps).write(file)
 
 
-def fingerprint(checkpoint: Checkpoint) -> str:
-    """Which files a checkpoint is: their names, sizes and times, as one digest."""
+def _mark(source: Source, checkpoint: Checkpoint) -> str:
+    """What a quantised checkpoint is made from, as one digest: which files, by their names, sizes
+    and times, and how it is calibrated."""
     files = {
         tensor.file
         for part in ("transformer", "vae", "text_encoder", "text_encoder_2")
         for tensor in getattr(checkpoint, part).weights.tensors.values()
     }
     facts = sorted((it.name, it.stat().st_size, it.stat().st_mtime_ns) for it in files)
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    calibrated = digest(source.calibration) if source.calibration else f"{source.steps} steps"
+    return hashlib.sha256(json.dumps([facts, calibrated]).encode()).hexdigest()

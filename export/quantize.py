@@ -4,7 +4,6 @@ The folder is built under another name and takes its own only when it is whole. 
 leave out, and biases, become BF16; see :mod:`fluxkontext.runtime.recipes`.
 """
 
-import os
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -19,6 +18,7 @@ from ..kernels import reference
 from ..kernels.nvfp4 import BLOCK
 from ..runtime.checkpoint import Checkpoint, Component
 from ..runtime.errors import CheckpointError, InvalidInputError
+from ..runtime.files import whole_folder
 from ..runtime.loading import build
 from ..runtime.models.quantised import input_scale
 from ..runtime.models.t5 import T5Encoder
@@ -68,9 +68,7 @@ def write_quantised(
     networks = {part: getattr(checkpoint, part) for part in _FILES}
     for network in networks.values():
         _check_plain(network)
-    building = out.with_name(f".{out.name}-{os.getpid()}")
-    building.mkdir(parents=True)
-    try:
+    with whole_folder(out) as building:
         facts: dict[str, Any] = {"checkpoint": str(out), "precision": precision, "recipe": chosen}
         modules = {
             "transformer": build(lambda: Flux(checkpoint.transformer.config, reference())),
@@ -95,10 +93,6 @@ def write_quantised(
         write_small_files(checkpoint, building)
         if calibration is not None:
             shutil.copyfile(calibration, building / CALIBRATION)
-        building.rename(out)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
     return facts
 
 

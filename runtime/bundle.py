@@ -42,10 +42,20 @@ class Bundle:
         try:
             return self.root / str(self.manifest["components"][name]["graphs"][flavour])
         except KeyError:
+            if self.packed:
+                raise CheckpointError(
+                    f"{self.root}: expected graphs, found a bundle packed with engines alone; "
+                    "use the one that it was packed from"
+                ) from None
             raise CheckpointError(
                 f"{self.root}: expected a {flavour} graph of {name}, found none in its manifest; "
                 "export the checkpoint anew"
             ) from None
+
+    @property
+    def packed(self) -> bool:
+        """Whether it has engines alone: no graph, no weights."""
+        return is_packed(self.manifest)
 
     def precision(self, flavour: str) -> str:
         """In what the graphs of a flavour compute."""
@@ -145,6 +155,11 @@ def read_manifest(root: Path) -> dict[str, Any]:
             "copy or export the bundle again"
         )
     return dict(manifest)
+
+
+def is_packed(manifest: Mapping[str, Any]) -> bool:
+    """Whether a bundle has no graphs, as ``fluxkontext build --pack`` leaves them out."""
+    return not any(part["graphs"] for part in manifest["components"].values())
 
 
 def dump_manifest(manifest: Mapping[str, Any]) -> str:

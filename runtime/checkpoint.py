@@ -18,6 +18,10 @@ from .weights import WeightIndex, find_files, read_headers, read_json
 
 Config = TypeVar("Config")
 
+MINI = "mini"
+"""The name of the trained miniature that comes with the package."""
+MINI_FOLDER = Path(__file__).with_name("mini")
+
 
 @dataclass(frozen=True)
 class Component(Generic[Config]):
@@ -244,7 +248,15 @@ def _first_names(weights: WeightIndex) -> str:
 
 
 def resolve(model: str | os.PathLike[str]) -> Path:
-    """A path as it is; a hub id as its snapshot in the local cache."""
+    """A path as it is; a hub id as its snapshot in the local cache; :data:`MINI` as the folder in
+    the package (a folder of one's own of that name is ``./mini``)."""
+    if str(model) == MINI:
+        if MINI_FOLDER.is_dir():
+            return MINI_FOLDER
+        raise CheckpointError(
+            f"{MINI}: expected the trained miniature in {MINI_FOLDER}, found none, as this version "
+            "comes without; name another model: a folder, a safetensors file or a hub id"
+        )
     path = Path(model).expanduser()
     try:
         if path.exists():

@@ -49,6 +49,8 @@ def _bundle(root: Path) -> dict[str, Any]:
             facts["engines"] = qualify(root)
         except (BackendUnavailableError, EngineMismatchError) as error:
             facts["engines"] = f"none that runs here: {error}"
+            if bundle.packed:
+                return facts
         else:
             return facts
     loaded = load(root, {}, "auto", "auto", "auto", "never")

@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, and locks between processes."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,28 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         os.unlink(name)
         raise
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into; it takes the name ``path`` when the block ends well, else it goes.
+
+    Processes that make the same folder take turns, and what one left that was killed goes. Raises
+    FileExistsError if ``path`` is there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.with_name(f".{path.name}.lock"), lambda: None):
+        if path.exists():
+            raise FileExistsError(path)
+        building = path.with_name(f".{path.name}.building")
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir()
+        try:
+            yield building
+            building.rename(path)
+        except BaseException:
+            shutil.rmtree(building, ignore_errors=True)
+            raise
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 from .arguments import choice
 from .backend import Backend
 from .budget import Budget, parse_bytes
-from .bundle import MANIFEST, VERIFY, Bundle, open_bundle, read_manifest
+from .bundle import MANIFEST, VERIFY, Bundle, is_packed, open_bundle, read_manifest
 from .checkpoint import Checkpoint, find, resolve
 from .config import VaeConfig
 from .engines import why_not_here
@@ -69,6 +69,11 @@ def load(
             f"kernels: expected the native backend, which alone has a choice, found {chosen}; "
             "use backend native"
         )
+    if is_bundle and chosen != "tensorrt" and is_packed(read_manifest(root)):
+        raise BackendUnavailableError(
+            f"{model}: expected a whole bundle for the {chosen} backend, found one packed with "
+            "engines alone; use backend tensorrt, or the bundle that it was packed from"
+        )
     if chosen != "native":
         if not is_bundle:
             raise BackendUnavailableError(
@@ -94,8 +99,11 @@ def _choose(root: Path, is_bundle: bool, device: str) -> tuple[str, str]:
     has_torch, has_onnx = find_spec("torch") is not None, find_spec("onnxruntime") is not None
     if not is_bundle:
         return "native", "a checkpoint without graphs"
+    manifest = read_manifest(root)
+    if is_packed(manifest):
+        return "tensorrt", "a bundle of engines alone"
     if device != "cpu" and _has_nvidia_driver():
-        reason = why_not_here(read_manifest(root), device)
+        reason = why_not_here(manifest, device)
         if reason is None:
             return "tensorrt", "engines that passed on this GPU"
         _log.info("%s: not the tensorrt backend: %s", root, reason)

@@ -13,7 +13,7 @@ from .about import VERSION
 from .arguments import choice, number, shown, whole
 from .backend import Backend, Floats, State
 from .budget import Budget, workload
-from .checkpoint import PARTS
+from .checkpoint import MINI, PARTS
 from .config import VaeConfig
 from .encoding import Encoder
 from .errors import InvalidInputError, KontextError
@@ -74,7 +74,7 @@ class KontextPipeline:
     @classmethod
     def from_pretrained(
         cls,
-        model: str | os.PathLike[str],
+        model: str | os.PathLike[str] = MINI,
         *,
         backend: str = "auto",
         precision: str = "auto",
@@ -92,8 +92,9 @@ class KontextPipeline:
     ) -> "KontextPipeline":
         """Load a model.
 
-        model: a bundle, a diffusers folder, a BFL or ComfyUI single file, or a hub id in the local
-        cache. A single file lacks some parts; ``vae`` ... ``tokenizer_2`` name a folder or file for
+        model: ``mini``, the miniature that comes with the package; a bundle, a diffusers folder, a
+        BFL or ComfyUI single file, or a hub id in the local cache. A single file lacks some parts;
+        ``vae`` ... ``tokenizer_2`` name a folder or file for
         each. backend: ``auto``, ``onnx`` (bundles) or ``native`` (torch). precision: ``auto``,
         ``fp32``, ``bf16``, ``fp16``, ``fp8`` or ``nvfp4``; auto runs what is stored. vram_budget:
         what the device may spend in all, in bytes or such as ``12GiB`` (native only): weights that

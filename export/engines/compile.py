@@ -58,8 +58,9 @@ class Engine:
     def key(self) -> str:
         """What the engine depends on, as one digest."""
         files = self.bundle.manifest["files"]
-        graph = self.bundle.manifest["components"][self.component]["graphs"]["gpu"]
-        weights = {name: files[name]["digest"] for name in weight_files(self.bundle.root / graph)}
+        path = self.bundle.graph(self.component, "gpu")
+        graph = path.relative_to(self.bundle.root).as_posix()
+        weights = {name: files[name]["digest"] for name in weight_files(path)}
         code = self.plugin["ptx"] if self.plugin else ""
         return engine_key(self.recipe, files[graph]["digest"], weights, self.profile, code)
 

@@ -64,6 +64,12 @@ def add(commands: "Commands[Parser]", common: Parser) -> None:
         action="store_true",
         help="QK-norm and RoPE by our Triton kernel (tensorrt only; not yet run on a GPU)",
     )
+    parser.add_argument(
+        "--pack",
+        type=Path,
+        metavar="FOLDER",
+        help="put what engines alone need there, without graphs and weights, to be shipped",
+    )
     parser.set_defaults(run=run)
 
 
@@ -111,6 +117,7 @@ def run(args: argparse.Namespace) -> None:
         weights=args.weights,
         golden=args.golden,
         plugins=args.plugins,
+        pack=args.pack,
     )
     show(build.build(None if here else source, order, _say), args.json)
 

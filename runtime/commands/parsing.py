@@ -21,7 +21,9 @@ Commands = argparse._SubParsersAction  # argparse has no public name for it
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """The argument MODEL, and a flag for each part that may lie elsewhere."""
-    parser.add_argument("model", help="diffusers folder, safetensors file, or hub id in the cache")
+    parser.add_argument(
+        "model", help="bundle, diffusers folder, safetensors file, or hub id in the cache"
+    )
     add_parts(parser)
 
 

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+from ..checkpoint import MINI
 from .parsing import Parser, add_parts, count, given_parts, size
 
 
@@ -15,7 +16,10 @@ def options() -> Parser:
     options.add_argument("-p", "--prompt", required=True, help="instruction or description")
     options.add_argument("-o", "--output", type=Path, required=True, help="picture to write")
     options.add_argument(
-        "--model", required=True, help="diffusers folder, safetensors file, or hub id in the cache"
+        "--model",
+        default=MINI,
+        help="bundle, diffusers folder, safetensors file, or hub id in the cache "
+        "(default: %(default)s, which comes with the package)",
     )
     add_parts(options)
     options.add_argument("--backend", default="auto", help="auto, onnx or native")
