@@ -274,16 +274,6 @@ def _translated(error: Exception, path: Path) -> Exception:
     return KontextError(f"{path.name}: expected it to run, found: {text:.300}")
 
 
-def _threads() -> int:
-    """How many threads a process that is bound to some of the cores should have; 0, which leaves
-    it to ONNX Runtime, if it has all. ONNX Runtime counts the machine's, and its threads would then
-    wait for each other in a loop."""
-    if not hasattr(os, "sched_getaffinity"):
-        return 0
-    usable = len(os.sched_getaffinity(0))
-    return usable if usable < (os.cpu_count() or 1) else 0
-
-
 def _choose_device(device: str) -> str:
     """``auto`` is the GPU when this ONNX Runtime was built for one and it is there."""
     providers = ort.get_available_providers()
