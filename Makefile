@@ -32,6 +32,10 @@ gpu:
 		--out $(OUT)/gpu-14GiB.json
 	-$(BENCH) gpu --sustain 0 --precision nvfp4 --vram-budget 9GiB \
 		--out $(OUT)/gpu-9GiB.json
+	-$(BENCH) compare --spec full --cold 0 --precision fp8 --kernel attention=fp8 \
+		--peers diffusers --out $(OUT)/compare-fp8-all.json
+	-$(BENCH) compare --spec full --cold 0 --precision fp8 \
+		--peers diffusers-torchao-fp8 --out $(OUT)/compare-fp8-linears.json
 	-$(BENCH) report $(OUT)/*.json -o $(OUT)/report.html
 
 # A stale build/lib would put deleted files into the wheel.

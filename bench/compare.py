@@ -12,11 +12,12 @@ from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from ..runtime import KontextPipeline
-from ..runtime.commands.parsing import Parser, count
-from ..runtime.errors import InvalidInputError, KontextError
+from ..runtime.commands.parsing import Parser, count, kernel
+from ..runtime.errors import BackendUnavailableError, InvalidInputError, KontextError
 from .ceilings import measured as ceilings_of
 from .cold import cold_rounds
 from .contestants import (
@@ -32,6 +33,7 @@ from .contestants import (
     same_work,
 )
 from .document import Json, distribution, document, result, warning
+from .drawn import MODELS
 from .environment import environment, git_state, git_warnings, reader_of
 from .measure import OtherLoad, interleaved, sample_warnings, throughput
 from .models import Model, exported, opened
@@ -54,10 +56,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     load = OtherLoad()
     with ExitStack() as stack:
         stack.enter_context(threads(args.threads, args.device))
-        model = stack.enter_context(opened(args.model))
+        drawn, on_gpu = None, torch.cuda.is_available() and args.device != "cpu"
+        if args.spec == "full" and args.model is None:
+            if not on_gpu:
+                raise BackendUnavailableError(
+                    "bench compare --spec full: expected an NVIDIA GPU and a torch built for "
+                    "CUDA, found none; leave --spec out for the miniature's shapes"
+                )
+            drawn = MODELS["full"]
+        model = stack.enter_context(opened(args.model, drawn, "cuda" if on_gpu else "cpu"))
         graphs = _graphs(args, model, stack)
         base, pipe = stack.enter_context(
-            ours(OURS, graphs or model.path, args.backend, args.precision, args.device)
+            ours(
+                OURS,
+                graphs or model.path,
+                args.backend,
+                args.precision,
+                args.device,
+                dict(args.kernel),
+            )
         )
         (work,) = works([args.scenario], pipe.grid, [args.steps], [1])
         if len(work.contexts) != 1:
@@ -267,9 +284,24 @@ def _parser() -> Parser:
         description="The same edit by us and by others.",
         parents=[common()],
     )
+    parser.add_argument(
+        "--spec",
+        choices=["mini", "full"],
+        default="mini",
+        help="without --model: shapes of the random weights; full writes 34 GB to the temporary "
+        "folder, and needs a GPU (default: %(default)s)",
+    )
     parser.add_argument("--scenario", default="edit", help="edit or wide-edit")
     parser.add_argument("--steps", type=count, default=28, help="default: %(default)s")
     parser.add_argument("--precision", default="auto", help="ours; auto is fp32 on a CPU")
+    parser.add_argument(
+        "--kernel",
+        action="append",
+        default=[],
+        type=kernel,
+        metavar="OP=NAME",
+        help="ours: implementation of an op, such as attention=fp8 (native)",
+    )
     parser.add_argument(
         "--peers",
         type=several,

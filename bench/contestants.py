@@ -48,14 +48,21 @@ class Contestant:
 
 @contextmanager
 def ours(
-    name: str, path: Path, backend: str, precision: str, device: str
+    name: str,
+    path: Path,
+    backend: str,
+    precision: str,
+    device: str,
+    named: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[Contestant, KontextPipeline]]:
-    """Us; only the one called MEMO remembers anything between calls."""
+    """Us; only the one called MEMO remembers anything between calls. named: ops by
+    implementation."""
     with KontextPipeline.from_pretrained(
         path,
         backend=backend,
         precision=precision,
         device=device,
+        kernels=named,
         memo_entries=16 if name == MEMO else 0,
     ) as pipe:
         about = pipe.about

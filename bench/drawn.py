@@ -20,7 +20,7 @@ from ..runtime.layouts import identity
 from ..runtime.schedule import SchedulerConfig
 from ..runtime.stored import StoredTensor, WeightIndex
 from ..runtime.tokenizer import load_tokenizer
-from .checkpoint_writer import Spec, meta_networks
+from .checkpoint_writer import Spec, meta_networks, write_model
 from .document import Json
 from .mini.training.spec import MINI
 from .mini.training.tokenizer_files import write_tokenizers as write_mini_tokenizers
@@ -74,6 +74,21 @@ class Drawn:
             budget=backend.budget,
         )
 
+    def write(self, folder: Path, device: str) -> None:
+        """The same weights as a diffusers folder in bf16, drawn on ``device``, for those who read
+        files. The folder must not exist."""
+        folder.mkdir(parents=True)
+        where = torch.device(device)
+        networks = {
+            part: {
+                name: _draw(name, tuple(tensor.shape), _seed(part, name), where).cpu()
+                for name, tensor in network.state_dict().items()
+            }
+            for part, network in meta_networks(self.spec).items()
+        }
+        write_model(folder, self.spec, networks, torch.bfloat16)
+        self.tokenizers(folder)
+
     def _checkpoint(self, folder: Path) -> Checkpoint:
         spec = self.spec
         configs = {
@@ -101,8 +116,11 @@ class Drawn:
 def drawn_tensor(part: str, name: str, shape: tuple[int, ...]) -> StoredTensor:
     """A tensor that is drawn when it is loaded; its values depend on its name and the device."""
     stored = StoredTensor(Path("drawn"), name, "BF16", shape)
-    seed = zlib.crc32(f"{part}.{name}".encode())
-    return replace(stored, made=partial(_draw, name, shape, seed))
+    return replace(stored, made=partial(_draw, name, shape, _seed(part, name)))
+
+
+def _seed(part: str, name: str) -> int:
+    return zlib.crc32(f"{part}.{name}".encode())
 
 
 def _draw(name: str, shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:

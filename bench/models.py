@@ -18,6 +18,7 @@ from ..runtime.tensor_shapes import ModelShapes
 from ..runtime.weights import read_headers
 from .checkpoint_writer import Spec
 from .document import Json, warning
+from .drawn import Drawn
 from .mini.training.shipping import write_folder
 from .mini.training.spec import MINI
 from .synthetic import random_networks
@@ -47,13 +48,19 @@ def shapes_of(spec: Spec) -> ModelShapes:
 
 
 @contextmanager
-def opened(name: str | None) -> Iterator[Model]:
-    """``name`` as for ``from_pretrained``; None makes the synthetic miniature, for this block."""
+def opened(name: str | None, drawn: Drawn | None = None, device: str = "cpu") -> Iterator[Model]:
+    """``name`` as for ``from_pretrained``. None makes one for this block: ``drawn`` on ``device``,
+    or the synthetic miniature."""
     if name is not None:
         root = resolve(name)
         yield Model(root, {"name": name, "synthetic": False, **_weights(root)}, _shapes(name, root))
         return
     with tempfile.TemporaryDirectory(prefix="fluxkontext-") as folder:
+        if drawn is not None:
+            root = Path(folder) / "drawn"
+            drawn.write(root, device)
+            yield Model(root, drawn.facts(), shapes_of(drawn.spec))
+            return
         root = Path(folder) / "miniature"
         networks = random_networks(MINI, _SEED)
         flat: dict[str, torch.Tensor] = {

@@ -79,3 +79,11 @@ def _lines(facts: Mapping[str, Any], depth: int) -> list[str]:
             text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
             lines.append(f"{pad}{name}: {'none' if text in (None, '', {}) else text}")
     return lines
+
+
+def kernel(text: str) -> tuple[str, str]:
+    """``OP=NAME``, for a parser."""
+    op, equals, name = text.partition("=")
+    if not (op and equals and name):
+        raise argparse.ArgumentTypeError(f"expected OP=NAME, such as attention=fp8, found {text!r}")
+    return op, name

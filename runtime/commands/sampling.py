@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from ..checkpoint import MINI
-from .parsing import Parser, add_parts, count, given_parts, size
+from .parsing import Parser, add_parts, count, given_parts, kernel, size
 
 
 def options() -> Parser:
@@ -40,7 +40,7 @@ def options() -> Parser:
         "--kernel",
         action="append",
         default=[],
-        type=_kernel,
+        type=kernel,
         metavar="OP=NAME",
         help="implementation of an op, such as attention=fp8; `doctor` lists them (native)",
     )
@@ -68,13 +68,6 @@ def options() -> Parser:
 
 def _size_or_auto(text: str) -> tuple[int, int] | None:
     return None if text == "auto" else size(text, ", or auto")
-
-
-def _kernel(text: str) -> tuple[str, str]:
-    op, equals, name = text.partition("=")
-    if not (op and equals and name):
-        raise argparse.ArgumentTypeError(f"expected OP=NAME, such as attention=fp8, found {text!r}")
-    return op, name
 
 
 def run(args: argparse.Namespace) -> None:

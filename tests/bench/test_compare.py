@@ -22,7 +22,7 @@ from fluxkontext.bench.document import read
 from fluxkontext.bench.launched import launching, of_our_kernels
 from fluxkontext.bench.peers import PEERS, Peer
 from fluxkontext.bench.scenarios import Work
-from fluxkontext.runtime.errors import InvalidInputError, KontextError
+from fluxkontext.runtime.errors import BackendUnavailableError, InvalidInputError, KontextError
 
 WORK = Work("edit", (64, 64), ((64, 64),), 2)
 
@@ -176,3 +176,9 @@ def test_steps_that_a_graph_replays_are_counted(small_model: Path) -> None:
             assert work["forwards"] == 5
             assert work["flop"] is None
         pipe.backend._executor._recorder = None  # type: ignore[attr-defined]
+
+
+def test_the_full_size_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(BackendUnavailableError, match="--spec full: expected an NVIDIA GPU"):
+        compare.main(["--spec", "full"])

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fluxkontext.bench import edit, gpu
@@ -278,6 +279,20 @@ def test_the_full_model_has_the_published_size() -> None:
     the VAE."""
     assert MODELS["full"].spec is FULL
     assert MODELS["full"].facts()["parameters"] == pytest.approx(16.87e9, rel=0.002)
+
+
+def test_drawn_weights_in_files_are_those_that_are_drawn_at_load(tmp_path: Path) -> None:
+    spec = small_spec()
+    small = Drawn("small", spec, lambda where: write_tokenizers(where, spec.text_length))
+    with opened(None, small) as model:
+        assert model.facts["synthetic"]
+        with (
+            KontextPipeline.from_pretrained(model.path, backend="native", device="cpu") as read_in,
+            small.pipeline(read_in.about["precision"], "cpu") as at_load,
+        ):
+            work = works(["edit"], at_load.grid, [2], [1])[0]
+            pictures = [pipe(**work.arguments()).images[0] for pipe in (read_in, at_load)]
+    np.testing.assert_array_equal(*map(np.asarray, pictures))
 
 
 def test_drawn_weights_depend_on_nothing_but_their_names() -> None:
