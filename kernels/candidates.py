@@ -180,23 +180,20 @@ def _w4a4(situation: Situation) -> str | None:
     return None if chip.fp4 and chip.sm in W4A4_CONFIGS else f"sm_{chip.sm} does not multiply FP4"
 
 
+def _triton(
+    kernel: Callable[..., Any],
+    supports: Callable[[Situation], str | None],
+    plain: Callable[..., Any],
+) -> tuple[Candidate, ...]:
+    """Our kernel where it can run, else torch."""
+    return Candidate("triton", kernel, supports), Candidate("torch", plain, _anywhere)
+
+
 CANDIDATES: Mapping[str, tuple[Candidate, ...]] = {
-    "modulate": (
-        Candidate("triton", modulate, _on_gpu),
-        Candidate("torch", modulate_ref, _anywhere),
-    ),
-    "modulate_rows": (
-        Candidate("triton", modulate_rows, _fp8),
-        Candidate("torch", modulate_rows_ref, _anywhere),
-    ),
-    "residual_modulate": (
-        Candidate("triton", residual_modulate, _on_gpu),
-        Candidate("torch", residual_modulate_ref, _anywhere),
-    ),
-    "residual_modulate_rows": (
-        Candidate("triton", residual_modulate_rows, _fp8),
-        Candidate("torch", residual_modulate_rows_ref, _anywhere),
-    ),
+    "modulate": _triton(modulate, _on_gpu, modulate_ref),
+    "modulate_rows": _triton(modulate_rows, _fp8, modulate_rows_ref),
+    "residual_modulate": _triton(residual_modulate, _on_gpu, residual_modulate_ref),
+    "residual_modulate_rows": _triton(residual_modulate_rows, _fp8, residual_modulate_rows_ref),
     "norm_rope": (
         Candidate("triton", norm_rope, _norm_rope),
         Candidate(
@@ -211,49 +208,28 @@ CANDIDATES: Mapping[str, tuple[Candidate, ...]] = {
         Candidate("triton", attention, _attention),
         Candidate("fp8", quantized_attention, _attention_fp8, quantized_attention_ref),
     ),
-    "gate_residual": (
-        Candidate("triton", gate_residual, _on_gpu),
-        Candidate("torch", gate_residual_ref, _anywhere),
-    ),
+    "gate_residual": _triton(gate_residual, _on_gpu, gate_residual_ref),
     "gelu": (
         Candidate("triton", gelu, _on_gpu),
         Candidate("sigmoid", gelu_sigmoid, _on_cpu(torch.float32)),
         Candidate("torch", gelu_ref, _anywhere),
     ),
-    "gelu_rows": (
-        Candidate("triton", gelu_rows, _fp8),
-        Candidate("torch", gelu_rows_ref, _anywhere),
-    ),
+    "gelu_rows": _triton(gelu_rows, _fp8, gelu_rows_ref),
     "gelu_beside": (
         Candidate("triton", gelu_beside, _on_gpu),
         Candidate("sigmoid", gelu_beside_sigmoid, _on_cpu(torch.float32)),
         Candidate("torch", gelu_beside_ref, _anywhere),
     ),
-    "gelu_beside_rows": (
-        Candidate("triton", gelu_beside_rows, _fp8),
-        Candidate("torch", gelu_beside_rows_ref, _anywhere),
-    ),
-    "group_norm_silu": (
-        Candidate("triton", group_norm_silu, _group_norm),
-        Candidate("torch", group_norm_silu_ref, _anywhere),
-    ),
-    "quantize_rows": (
-        Candidate("triton", quantize_rows, _fp8),
-        Candidate("torch", quantize_rows_ref, _anywhere),
-    ),
+    "gelu_beside_rows": _triton(gelu_beside_rows, _fp8, gelu_beside_rows_ref),
+    "group_norm_silu": _triton(group_norm_silu, _group_norm, group_norm_silu_ref),
+    "quantize_rows": _triton(quantize_rows, _fp8, quantize_rows_ref),
     "linear_fp8": (
         Candidate("triton", linear_fp8, _fp8),
         Candidate("scaled_mm", linear_fp8_scaled_mm, _scaled_mm),
         Candidate("torch", linear_fp8_ref, _anywhere),
     ),
-    "linear_w4a16": (
-        Candidate("triton", linear_w4a16, _w4a16),
-        Candidate("torch", linear_w4a16_ref, _anywhere),
-    ),
-    "linear_w4a4": (
-        Candidate("triton", linear_w4a4, _w4a4),
-        Candidate("torch", linear_w4a4_ref, _anywhere),
-    ),
+    "linear_w4a16": _triton(linear_w4a16, _w4a16, linear_w4a16_ref),
+    "linear_w4a4": _triton(linear_w4a4, _w4a4, linear_w4a4_ref),
 }
 """Implementations of every op, the best one first."""
 
