@@ -84,7 +84,7 @@ def write_bundle(
         for source, place in places.items():
             put(source, building / place, weights)
         _copy_small_files(checkpoint, networks, building)
-        manifest = _manifest(checkpoint, described, precisions) | (extra or {})
+        manifest = _manifest(checkpoint, described, precisions) | dict(extra or {})
         manifest["files"] = _files(building, progress)
         (building / MANIFEST).write_text(dump_manifest(manifest), encoding="utf-8")
 

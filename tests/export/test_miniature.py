@@ -1,0 +1,104 @@
+"""The miniature's bundle, on held-out requests: random weights in its shapes, with its tokenizers.
+
+What the trained weights add is what the pictures show; that both backends draw the same ones, and
+how long a process takes, is the same for any.
+"""
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fluxkontext.bench.mini.instructions import EDIT_KINDS, draw_sample
+from fluxkontext.bench.mini.scenes import render
+from fluxkontext.bench.mini.training.shipping import write_folder
+from fluxkontext.bench.mini.training.spec import MINI
+from fluxkontext.bench.synthetic import random_networks
+from fluxkontext.export.bundle import write_bundle
+from fluxkontext.runtime import KontextPipeline
+from fluxkontext.runtime.checkpoint import find
+
+EDITS = 10
+CORES = 2
+SECONDS = 4.0
+"""From the start of a process to its picture, on that many cores."""
+WITHOUT_TORCH = """
+import sys
+sys.modules.update(torch=None, triton=None, onnx=None)
+from fluxkontext.runtime.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("miniature") / "checkpoint"
+    weights = {
+        f"{part}.{name}": tensor
+        for part, state in random_networks(MINI).items()
+        for name, tensor in state.items()
+    }
+    write_folder(folder, MINI, weights)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint: Path) -> Path:
+    out = checkpoint.with_name("bundle")
+    write_bundle(find(checkpoint, {}), out)
+    return out
+
+
+def test_ten_held_out_edits_are_the_native_ones(checkpoint: Path, bundle: Path) -> None:
+    """Within one level of 255, and warm no slower: the fastest of each edit, in turns."""
+    onnx = KontextPipeline.from_pretrained(bundle, device="cpu")
+    native = KontextPipeline.from_pretrained(
+        checkpoint, backend="native", precision="fp32", device="cpu"
+    )
+    assert (onnx.about["backend"], onnx.about["precision"]) == ("onnx", "fp32")
+    rng = np.random.default_rng(0)
+    ratios, spread = [], []
+    for number in range(EDITS):
+        sample = draw_sample(rng, EDIT_KINDS[number % len(EDIT_KINDS)], "held_out")
+        (scene,) = sample.contexts
+        times: dict[KontextPipeline, list[float]] = {onnx: [], native: []}
+        pictures = {}
+        for round_ in range(3):
+            for pipe in (onnx, native) if round_ % 2 else (native, onnx):
+                start = perf_counter()
+                (picture,) = pipe(render(scene), sample.text, seed=number).images
+                times[pipe].append(perf_counter() - start)
+                pictures[pipe] = np.asarray(picture, np.int16)
+        assert np.abs(pictures[onnx] - pictures[native]).max() <= 1
+        spread.append(np.ptp(pictures[native]))
+        ratios.append(min(times[onnx]) / min(times[native]))
+    print(f"onnx / native, fastest of 3: {ratios}")
+    assert min(spread) > 20  # not one colour, which any code could draw
+    assert np.median(ratios) <= 1
+
+
+def test_a_process_without_torch_is_quick(
+    bundle: Path, tmp_path: Path, namespace_env: dict[str, str]
+) -> None:
+    """28 steps, process and all. Counted in processor time, which others' work does not change."""
+    Image.fromarray(render(draw_sample(np.random.default_rng(0), "nothing").contexts[0])).save(
+        tmp_path / "scene.png"
+    )
+    command = [sys.executable, "-P", "-c", WITHOUT_TORCH, "edit", "scene.png", "-p", "nothing"]
+    command += ["-o", "out.png", "--model", str(bundle), "--quiet"]
+    spent = []
+    for _ in range(2):  # the first may find files and byte code cold
+        before, start = resource.getrusage(resource.RUSAGE_CHILDREN), perf_counter()
+        subprocess.run(command, env=namespace_env, cwd=tmp_path, check=True, capture_output=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        used = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+        spent.append(used)
+        print(f"{perf_counter() - start:.2f} s, of a processor {used:.2f} s")
+    with Image.open(tmp_path / "out.png") as picture:
+        assert picture.size == (128, 128)
+    assert min(spent) < SECONDS * CORES
