@@ -4,6 +4,7 @@ What a step reads and writes stays on the session's device: latents in two buffe
 places, the modulation of all steps in one, of which each step is given its part by address.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,6 +178,7 @@ class Session:
         """Open ``path``. fold: compute what depends on weights alone ahead of time, and hold it."""
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        options.intra_op_num_threads = _threads()
         disabled = None if fold else ["ConstantFolding"]
         self._device = "cuda" if device.startswith("cuda") else "cpu"
         self._id = int(device.partition(":")[2] or 0)
@@ -255,6 +257,16 @@ def _translated(error: Exception, path: Path) -> Exception:
     if any(word in text for word in ("INVALID_PROTOBUF", "NO_SUCHFILE", "INVALID_GRAPH")):
         return CheckpointError(f"{path}: expected an ONNX graph that loads, found: {text:.200}")
     return KontextError(f"{path.name}: expected it to run, found: {text:.300}")
+
+
+def _threads() -> int:
+    """How many threads a process that is bound to some of the cores should have; 0, which leaves
+    it to ONNX Runtime, if it has all. ONNX Runtime counts the machine's, and its threads would then
+    wait for each other in a loop."""
+    if not hasattr(os, "sched_getaffinity"):
+        return 0
+    usable = len(os.sched_getaffinity(0))
+    return usable if usable < (os.cpu_count() or 1) else 0
 
 
 def _choose_device(device: str) -> str:
