@@ -179,6 +179,8 @@ class Session:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = _threads()
+        # Each graph has threads of its own: left spinning, they take a core from the next one's.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         disabled = None if fold else ["ConstantFolding"]
         self._device = "cuda" if device.startswith("cuda") else "cpu"
         self._id = int(device.partition(":")[2] or 0)
