@@ -280,7 +280,7 @@ quantize.write_quantised(find(sys.argv[1], {}), Path("out"), "fp8")
 def test_a_killed_run_leaves_nothing_that_could_be_taken_for_whole(
     how: int, small_model: Path, tmp_path: Path, namespace_env: dict[str, str]
 ) -> None:
-    """SIGKILL leaves a hidden folder, which no run trips over."""
+    """SIGKILL leaves a hidden folder, which the next run removes."""
     process = subprocess.Popen(
         [sys.executable, "-c", _SLOW, str(small_model)],
         env=namespace_env,
@@ -294,10 +294,11 @@ def test_a_killed_run_leaves_nothing_that_could_be_taken_for_whole(
     process.wait(timeout=60)
     process.stdout.close()
     left = list(tmp_path.iterdir())
-    assert all(path.name.startswith(".out-") for path in left)
+    assert all(path.name.startswith(".out.") for path in left)
     assert how == signal.SIGKILL or not left
     write_quantised(find(small_model, {}), tmp_path / "out", "fp8")
     assert (tmp_path / "out" / "model_index.json").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 # memory

@@ -284,7 +284,6 @@ def test_version_and_help(run: Run) -> None:
         ["edit"],
         ["edit", "scene.png"],
         ["edit", "-p", "x", "-o", "out.png", "--model", "m"],
-        ["generate", "-p", "x", "-o", "out.png"],
         ["inspect", "a", "b"],
         ["doctor", "--loudly"],
     ],
