@@ -1,12 +1,12 @@
 """From a checkpoint to a bundle with engines, in one command that can be stopped and run again.
 
-Stages: calibrate, quantise, export, golden edit, compile, install, qualify. One that was finished
+Stages: calibrate, quantise, export, golden edit, compile, qualify, install. One that was finished
 is not done again: the bundle and each engine appear whole or not at all, and the manifest names
-engines only when all of them are there.
+engines only when all of them are there and none has failed the golden edit.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ..runtime.contract import GRAPHS, Workload
 from ..runtime.engines import RTX_TARGETS, Gpu, Recipe, check_shapes, installed
 from ..runtime.errors import (
     BackendUnavailableError,
+    CorruptedError,
     EngineMismatchError,
     InvalidInputError,
     KontextError,
@@ -26,7 +27,7 @@ from ..runtime.loader import require
 from ..runtime.schedule import SchedulerConfig
 from ..runtime.tokenizer import load_tokenizer
 from .engines.compile import LEVEL, PLUGINS, Engine
-from .engines.install import compile_all
+from .engines.install import compile_all, discard, install
 from .pack import pack
 from .prepare import Source, bundle_once, precision_of, wanted_precision
 
@@ -97,30 +98,36 @@ def build(source: Source | None, order: Order, say: Say) -> dict[str, Any]:
     bundle = open_bundle(order.out, engines=False)
     workload = workload_for(bundle, order.sizes, order.contexts, order.batch, order.static)
     golden_once(bundle, workload, order.golden, say)
-    entry = compile_all(engines_of(bundle, recipe, workload), workload, say)
-    qualified = qualify_here(order.out, say)
+    engines = compile_all(engines_of(bundle, recipe, workload), workload, say)
+    try:
+        qualified = qualify_here(engines.alone_in(bundle), say)
+    except CorruptedError:
+        discard(order.out, engines)
+        raise
+    install(order.out, engines, qualified)
     if order.pack is not None:
         pack(order.out, order.pack, say)
     return {
         "bundle": str(order.out),
-        "engines": recipe.set_name,
-        **{key: entry[key] for key in ("library", "version", "target", "precision")},
-        "qualified": qualified,
+        "engines": engines.name,
+        **{key: engines.entry[key] for key in ("library", "version", "target", "precision")},
+        "qualified": qualified is not None,
         **({"packed": str(order.pack)} if order.pack is not None else {}),
     }
 
 
-def qualify_here(root: Path, say: Say) -> bool:
-    """Run the golden edit on this machine's GPU if an engine fits it; what fails is not used."""
-    from ..runtime.doctor import qualify
+def qualify_here(bundle: Bundle, say: Say) -> Mapping[str, Any] | None:
+    """Run the golden edit with the bundle's engines on this machine's GPU; returns what they
+    passed, or None if they do not run here. Raises CorruptedError for engines that are wrong."""
+    from ..runtime.doctor import try_engines
 
     try:
-        outcome = qualify(root)
+        passed = try_engines(bundle).check()
     except (BackendUnavailableError, EngineMismatchError) as error:
-        say(f"qualify: not here ({error}); where it will run: fluxkontext doctor {root}")
-        return False
-    say(f"qualify: passed, {json.dumps(outcome)}")
-    return True
+        say(f"qualify: not here ({error}); where it will run: fluxkontext doctor {bundle.root}")
+        return None
+    say(f"qualify: passed, {json.dumps(passed)}")
+    return passed
 
 
 def recipe_for(library: str, target: str | None, precision: str, plugins: bool = False) -> Recipe:

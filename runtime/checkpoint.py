@@ -268,9 +268,7 @@ def resolve(model: str | os.PathLike[str]) -> Path:
         ) from None
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
         return _from_hub_cache(str(model))
-    raise CheckpointError(
-        f"{model}: expected a folder, a safetensors file or a hub id, found nothing"
-    )
+    raise CheckpointError(f"{model}: expected a folder, a file or a hub id, found nothing")
 
 
 def _from_hub_cache(repo: str) -> Path:

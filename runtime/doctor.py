@@ -2,16 +2,16 @@
 
 import platform
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from .about import VERSION
-from .bundle import open_bundle, update_manifest
+from .bundle import Bundle, open_bundle, update_manifest
 from .engines import installed
 from .errors import BackendUnavailableError, EngineMismatchError
-from .golden import load_golden, replay
+from .golden import Outcome, load_golden, replay
 from .loader import load, open_backend
 
 CORE = ("numpy", "pillow", "safetensors", "tokenizers", "tqdm")
@@ -71,27 +71,50 @@ def qualify(root: Path) -> dict[str, Any]:
     Raises CorruptedError for engines that are wrong, which are then not qualified, and
     BackendUnavailableError or EngineMismatchError if none runs here.
     """
-    bundle = open_bundle(root)
-    golden = load_golden(root)
+    trial = try_engines(open_bundle(root))
+    passed: dict[str, Any] | bool = False
+    try:
+        passed = trial.check()
+    finally:
+        update_manifest(root, lambda it: it["engines"][trial.engines].update(qualified=passed))
+    return {trial.engines: passed}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The golden edit as a set of engines made it on a GPU."""
+
+    root: Path
+    engines: str
+    gpu: str
+    precision: str
+    outcome: Outcome
+
+    def check(self) -> dict[str, Any]:
+        """What the manifest says of engines that passed. Raises CorruptedError for others."""
+        self.outcome.check(self.precision, f"{self.root}: {self.engines} on {self.gpu}")
+        return {"gpu": self.gpu, **self.outcome.facts()}
+
+
+def try_engines(bundle: Bundle) -> Trial:
+    """Replay the golden edit with the first engines of ``bundle`` that fit this machine's GPU.
+
+    Raises BackendUnavailableError or EngineMismatchError if none runs here.
+    """
+    golden = load_golden(bundle.root)
     if golden is None:
         raise BackendUnavailableError(
-            f"{root}: expected a golden edit to qualify engines with, found none; "
+            f"{bundle.root}: expected a golden edit to qualify engines with, found none; "
             "make one with: fluxkontext build --golden always"
         )
     backend = open_backend("tensorrt", bundle, "auto", "auto", qualified=False)
-    name, gpu = backend.details["engines"], backend.details["gpu"]
     try:
         replay(backend, golden)  # the first run compiles and records
         outcome = replay(backend, golden)
     finally:
         backend.close()
-    passed: dict[str, Any] | bool = False
-    try:
-        outcome.check(backend.precision, f"{root}: {name} on {gpu}")
-        passed = {"gpu": gpu, **outcome.facts()}
-    finally:
-        update_manifest(root, lambda it: it["engines"][name].update(qualified=passed))
-    return {name: passed}
+    about = backend.details
+    return Trial(bundle.root, about["engines"], about["gpu"], backend.precision, outcome)
 
 
 def _version(package: str) -> str | None:

@@ -1,15 +1,15 @@
-"""Install engines in a bundle: compile what is missing, then name all of them in its manifest."""
+"""Engines of a bundle: compile what is missing, then name all of them in its manifest, or none."""
 
 import shutil
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from ...runtime.bundle import update_manifest
+from ...runtime.bundle import Bundle, update_manifest
 from ...runtime.contract import Workload
 from ...runtime.errors import KontextError
 from .compile import Engine, compile_engine, finished
@@ -37,10 +37,24 @@ def need(engines: list[Engine]) -> Need:
     return Need(disk=sum(sizes), memory=2 * max(sizes, default=0))
 
 
-def compile_all(
-    engines: list[Engine], workload: Workload, say: Callable[[str], None]
-) -> dict[str, Any]:
-    """Compile what is not there yet and install the set; returns its entry of the manifest."""
+@dataclass(frozen=True)
+class EngineSet:
+    """Compiled engines, all of a bundle. name, entry: in the manifest's ``engines``. files: their
+    entries in its ``files``."""
+
+    name: str
+    entry: Mapping[str, Any]
+    files: Mapping[str, Mapping[str, Any]]
+
+    def alone_in(self, bundle: Bundle) -> Bundle:
+        """``bundle`` as it would be with these engines and no others."""
+        files = {**bundle.manifest["files"], **self.files}
+        manifest = {**bundle.manifest, "engines": {self.name: self.entry}, "files": files}
+        return replace(bundle, manifest=manifest)
+
+
+def compile_all(engines: list[Engine], workload: Workload, say: Callable[[str], None]) -> EngineSet:
+    """Compile what is not there yet; the manifest does not change."""
     root, recipe = engines[0].bundle.root, engines[0].recipe
     needed = need(engines)
     free = shutil.disk_usage(root).free
@@ -71,33 +85,60 @@ def compile_all(
         },
         "qualified": False,
     }
-    _install(root, recipe.set_name, entry, files)
-    return entry
+    return EngineSet(recipe.set_name, entry, files)
 
 
-def _install(
-    root: Path, name: str, entry: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]
-) -> None:
-    """Name the set in the manifest, then drop what an older set of this name had."""
+def install(root: Path, engines: EngineSet, qualified: Mapping[str, Any] | None) -> None:
+    """Name engines in the manifest, then drop what an older set of this name had.
+
+    qualified: what they passed on this machine's GPU; None if they do not run here.
+    """
     old: set[str] = set()
 
     def change(manifest: dict[str, Any]) -> None:
         sets, known = manifest.setdefault("engines", {}), manifest["files"]
-        before = sets.get(name)
-        same = all(known.get(file) == facts for file, facts in files.items())
-        if before and same and _plain({**before, "qualified": False}) == _plain(entry):
-            return  # and what these engines have passed still holds
+        before = sets.get(engines.name)
+        same = before and all(known.get(file) == it for file, it in engines.files.items())
+        same = same and _plain({**before, "qualified": False}) == _plain(engines.entry)
+        # What the same engines have passed elsewhere still holds.
+        passed = qualified or (before["qualified"] if same else False)
         if before:
             old.update(part["file"] for part in before["components"].values())
-        old.difference_update(files)
+        old.difference_update(engines.files)
         for file in old:
             known.pop(file, None)
-        known.update(files)
-        sets[name] = dict(entry)
+        known.update(engines.files)
+        sets[engines.name] = {**engines.entry, "qualified": passed}
 
     update_manifest(root, change)
-    for file in old:
-        for suffix in (".engine", ".json", ".log"):
+    _remove(root, old)
+
+
+def discard(root: Path, engines: EngineSet) -> None:
+    """Take away engines that are wrong; their logs stay, and so does what another set has of them.
+
+    One of the same name stays installed, unless it is this one.
+    """
+    wrong = set(engines.files)
+
+    def change(manifest: dict[str, Any]) -> None:
+        sets = manifest.get("engines", {})
+        before = sets.get(engines.name, {"components": {}})
+        named = {part["file"] for part in before["components"].values()}
+        if not named <= wrong:
+            wrong.difference_update(named)
+            return
+        sets.pop(engines.name, None)
+        for file in named:
+            manifest["files"].pop(file, None)
+
+    update_manifest(root, change)
+    _remove(root, wrong, log=False)
+
+
+def _remove(root: Path, files: Iterable[str], log: bool = True) -> None:
+    for file in files:
+        for suffix in (".engine", ".json", *([".log"] if log else [])):
             (root / file).with_suffix(suffix).unlink(missing_ok=True)
 
 

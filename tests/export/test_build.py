@@ -16,7 +16,13 @@ import pytest
 
 from fluxkontext.export.build import Order, build, engines_of, recipe_for, workload_for
 from fluxkontext.export.engines.compile import Engine, compile_engine, finished
-from fluxkontext.export.engines.install import compile_all, need
+from fluxkontext.export.engines.install import (
+    EngineSet,
+    compile_all,
+    discard,
+    install,
+    need,
+)
 from fluxkontext.export.prepare import Source, bundle_once, stages_folder
 from fluxkontext.runtime import InvalidInputError, KontextError
 from fluxkontext.runtime.bundle import file_entry, open_bundle, read_manifest, update_manifest
@@ -106,7 +112,7 @@ def test_other_sizes_replace_the_set(built: Path, tmp_path: Path) -> None:
     bundle = open_bundle(root)
     work = workload_for(bundle, [(96, 96)], (1, 1), 1, True)
     recipe = recipe_for("tensorrt-rtx", "sm_120", "bf16")
-    compile_all(engines_of(bundle, recipe, work), work, silent)
+    install(root, compile_all(engines_of(bundle, recipe, work), work, silent), None)
     manifest = open_bundle(root, "always").manifest
     new = manifest["engines"][SETS["sm_120"]]["components"]
     assert not (root / old["transformer"]["file"]).exists()
@@ -114,6 +120,36 @@ def test_other_sizes_replace_the_set(built: Path, tmp_path: Path) -> None:
     assert new["transformer"]["profile"]["latents"][0] == [1, 36, 64]
     assert new["clip"] == old["clip"]  # what sizes do not change is kept
     assert (built / old["transformer"]["file"]).exists()
+
+
+def test_engines_that_are_wrong_leave_the_old_ones(built: Path, tmp_path: Path) -> None:
+    root = copied(built, tmp_path / "bundle")
+    name = SETS["sm_120"]
+    before = read_manifest(root)
+    parts = before["engines"][name]["components"]
+    shared = parts["clip"]["file"]
+    fresh = str(Path(shared).with_name("transformer-0123456789abcdef.engine"))
+    for suffix in (".engine", ".json", ".log"):
+        (root / fresh).with_suffix(suffix).write_text("x")
+    entry = {**before["engines"][name], "components": {}}
+    files = {file: file_entry(root / file) for file in (shared, fresh)}
+    discard(root, EngineSet(name, entry, files))
+    assert open_bundle(root, "always").manifest == before
+    assert not (root / fresh).exists()
+    assert not (root / fresh).with_suffix(".json").exists()  # or it would pass for finished
+    assert (root / fresh).with_suffix(".log").exists()
+
+
+def test_engines_that_are_wrong_are_no_longer_named(built: Path, tmp_path: Path) -> None:
+    root = copied(built, tmp_path / "bundle")
+    before = read_manifest(root)
+    entry = before["engines"][SETS["sm_120"]]
+    files = {part["file"]: {} for part in entry["components"].values()}
+    discard(root, EngineSet(SETS["sm_120"], entry, files))
+    after = open_bundle(root, "always").manifest
+    assert set(after["engines"]) == {SETS["sm_89"]}
+    assert set(before["files"]) - set(after["files"]) == set(files)
+    assert not any((root / file).exists() for file in files)
 
 
 @pytest.mark.parametrize("damage", ["gone", "flipped", "no note"])

@@ -244,7 +244,7 @@ def test_inspect_what_it_cannot(run: Run, tmp_path: Path) -> None:
     assert_error(run("inspect", tmp_path / "text.txt"), 2, "expected an image", "text.txt")
     assert_error(run("inspect", tmp_path / "text.safetensors"), 3, "damaged", "text.safetensors")
     assert_error(run("inspect", tmp_path / "folder"), 3, "expected a diffusers folder")
-    assert_error(run("inspect", tmp_path / "nothing"), 3, "found none")
+    assert_error(run("inspect", tmp_path / "nothing"), 3, "expected a folder, a file")
     assert_error(run("inspect"), 2, "path", "--help")
 
 

@@ -34,6 +34,15 @@ def test_it_is_the_default(shipped: Path, tmp_path: Path) -> None:
     assert edited.exists()
 
 
+def test_it_is_inspected_and_verified_by_name(
+    shipped: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", "mini", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "bundle"
+    assert main(["doctor", "mini", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["bundle"]["path"] == str(shipped)
+
+
 def test_a_folder_of_that_name_is_not_it(
     shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

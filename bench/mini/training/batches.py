@@ -54,8 +54,8 @@ _PAIRS = dict.fromkeys(PAIR_KINDS, 1.0)
 TEXT_TO_IMAGE = (Group(0, 1.0, _CAPTIONS, 0.08),)
 JOINT = (
     Group(0, 0.2, _CAPTIONS, 0.08),
-    Group(1, 0.6, _EDITS, 0.04),
-    Group(2, 0.2, _PAIRS, 0.04),
+    Group(1, 0.65, _EDITS, 0.04),
+    Group(2, 0.15, _PAIRS, 0.04),
 )
 
 

@@ -51,9 +51,9 @@ class DistilStage(FlowStage):
             wanted[:count] = self._guided(
                 noisy[:count], given[:count], batch, sigmas[:count], guidance[:count], rope
             )
-        velocity = self.module(noisy, given, batch.clip, batch.t5, sigmas, guidance, rope)
-        error = (velocity - wanted).square().mean(-1)
-        return weigh(error, target, contexts, share)
+        found = self.module(noisy, given, batch.clip, batch.t5, sigmas, guidance, rope)
+        error = (found.velocity - wanted).square().mean(-1)
+        return weigh(error, self.unread(found, batch), target, contexts, share)
 
     @torch.no_grad()
     def _guided(
@@ -69,8 +69,8 @@ class DistilStage(FlowStage):
         count = len(noisy)
         plain = torch.full_like(guidance, PLAIN_GUIDANCE)
         blank = [ids.expand(count, -1) for ids in self.blank]
-        without = self.teacher(noisy, given, *blank, sigmas, plain, rope)
+        without = self.teacher(noisy, given, *blank, sigmas, plain, rope).velocity
         with_text = self.teacher(
             noisy, given, batch.clip[:count], batch.t5[:count], sigmas, plain, rope
-        )
+        ).velocity
         return torch.lerp(without, with_text, (guidance / PLAIN_GUIDANCE)[:, None, None])

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ...checkpoint_writer import Spec
 from .batches import JOINT, TEXT_TO_IMAGE, Batch, EditSteps
-from .editor import Editor, compile_blocks, initialise, rope_for
+from .editor import Editor, Prediction, compile_blocks, initialise, rope_for
 from .latents import Latents
 from .probe import Probe
+from .reader import contents, misread
 from .run import Run
 
 PLAIN_GUIDANCE = 2.5
@@ -27,6 +28,11 @@ _CHANGED_WEIGHT = 4.0
 _CAPTION_WEIGHT = 1.5
 _CHANGE = 0.3
 """Mean difference of latents, in standard deviations, from which a token counts as changed."""
+
+_READING_WEIGHT = 0.3
+"""Of the cross-entropy of what the target shows, beside the squared error of the velocity."""
+_CONTEXT_READING = 0.25
+"""Contexts are read too, for less: to see what is there is the easier half."""
 
 _CONTEXT_NOISE = 0.25
 """Largest deviation of the noise on every other sample's contexts. A context that is itself an
@@ -103,9 +109,14 @@ class FlowStage:
         given = disturb(contexts, generator).flatten(1, 2)
         guidance = torch.full_like(sigmas, PLAIN_GUIDANCE)
         rope = self.ropes[contexts.shape[1]]
-        velocity = self.module(noisy, given, batch.clip, batch.t5, sigmas, guidance, rope)
-        error = (velocity - (noise - target)).square().mean(-1)  # [B, T]
-        return weigh(error, target, contexts, share)
+        found = self.module(noisy, given, batch.clip, batch.t5, sigmas, guidance, rope)
+        error = (found.velocity - (noise - target)).square().mean(-1)  # [B, T]
+        return weigh(error, self.unread(found, batch), target, contexts, share)
+
+    def unread(self, found: Prediction, batch: Batch) -> Tensor:
+        """How badly each token's contents were read: ``[B, 1 + contexts, T]``, target first."""
+        wanted = contents(*batch.codes, self.side).unflatten(0, batch.backgrounds.shape)
+        return misread(found.reading, wanted.flatten(1, 2)).unflatten(1, wanted.shape[1:3])
 
     def probe(self, weights: dict[str, Tensor]) -> dict[str, float]:
         return self._probe.scores(weights)
@@ -131,19 +142,30 @@ def disturb(contexts: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def weigh(
-    error: Tensor, target: Tensor, contexts: Tensor, share: float
+    error: Tensor, unread: Tensor, target: Tensor, contexts: Tensor, share: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a group from the error of its tokens ``[B, T]``, and figures for the log."""
+    """The loss of a group, and figures for the log.
+
+    error: of the target's tokens ``[B, T]``. unread: of the tokens' contents ``[B, 1 + C, T]``.
+    target ``[B, T, 64]`` and contexts ``[B, C, T, 64]``: latents. share: of the step's samples.
+    """
     if not contexts.shape[1]:
-        mean = error.mean()
-        return share * _CAPTION_WEIGHT * mean, {"caption": mean.detach()}
+        parts = error.mean(), unread.mean()
+        loss = share * _CAPTION_WEIGHT * (parts[0] + _READING_WEIGHT * parts[1])
+        return loss, {"caption": parts[0].detach(), "caption_unread": parts[1].detach()}
     difference = (target - contexts[:, 0]).abs().mean(-1)
     changed = (difference / _CHANGE).clamp(max=1)
-    loss = share * (error * (1 + (_CHANGED_WEIGHT - 1) * changed)).mean()
+    weight = 1 + (_CHANGED_WEIGHT - 1) * changed
+    missing = (unread[:, 0] * weight).mean() + _CONTEXT_READING * unread[:, 1:].mean()
+    loss = share * ((error * weight).mean() + _READING_WEIGHT * missing)
     name = "edit" if contexts.shape[1] == 1 else "pair"
-    with torch.no_grad():
-        figures = {
-            f"{name}_changed": (error * changed).sum() / changed.sum().clamp(min=1),
-            f"{name}_kept": (error * (1 - changed)).sum() / (1 - changed).sum().clamp(min=1),
-        }
-    return loss, figures
+
+    def mean(values: Tensor, where: Tensor) -> Tensor:
+        return (values.detach() * where).sum() / where.sum().clamp(min=1)
+
+    return loss, {
+        f"{name}_changed": mean(error, changed),
+        f"{name}_kept": mean(error, 1 - changed),
+        f"{name}_unread": mean(unread[:, 0], changed),
+        f"{name}_context_unread": unread[:, 1:].mean().detach(),
+    }

@@ -13,7 +13,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .muon import Muon, local
 
-_NOT_MUON = ("embedding", "shared", "attention_bias", "img_in", "final_layer.linear", "conv_in")
+_NOT_MUON = (
+    "embedding",
+    "shared",
+    "attention_bias",
+    "img_in",
+    "final_layer.linear",
+    "conv_in",
+    "reader",
+)
 """Tables, and the first and last layers: their inputs or outputs are no mixtures of features."""
 _CLIP = 1.0
 _MOMENTS = (0.9, 0.95)

@@ -107,8 +107,7 @@ def newton_schulz(stack: Tensor) -> Tensor:
     a, b, c = _QUINTIC
     wide = stack.shape[1] <= stack.shape[2]
     x = stack if wide else stack.mT
-    x = x.bfloat16() if x.is_cuda else x.float()
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + _EPS)
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + _EPS)).bfloat16()
     for _ in range(_ITERATIONS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

@@ -92,5 +92,5 @@ def denoise(
     for now, then in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
         level = x.new_full((len(x),), now)
         scale = x.new_full((len(x),), guidance)
-        x = x + (then - now) * editor(x, contexts, clip, t5, level, scale, rope)
+        x = x + (then - now) * editor(x, contexts, clip, t5, level, scale, rope).velocity
     return x

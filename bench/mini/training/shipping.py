@@ -41,13 +41,14 @@ Apache License 2.0, as the rest of this project. No weights of FLUX.1 were used.
 def write_folder(folder: Path, spec: Spec, weights: Mapping[str, Tensor]) -> None:
     """Write weights, named ``<component>.<canonical name>``, as a diffusers folder in bf16.
 
-    The folder must not exist.
+    The folder must not exist. The reader, which only serves training, stays behind.
     """
     folder.mkdir(parents=True)
     networks: dict[str, dict[str, Tensor]] = {}
     for name, value in weights.items():
         component, _, rest = name.partition(".")
-        networks.setdefault(component, {})[rest] = value
+        if component != "reader":
+            networks.setdefault(component, {})[rest] = value
     write_model(folder, spec, networks, torch.bfloat16, TOKENIZER_2_CLASS)
     write_tokenizers(folder)
 

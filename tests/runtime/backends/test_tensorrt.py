@@ -21,7 +21,7 @@ from fluxkontext.runtime.bundle import (
 )
 from fluxkontext.runtime.cli import main
 from fluxkontext.runtime.engines import Gpu, choose_set, installed
-from fluxkontext.runtime.errors import EngineMismatchError
+from fluxkontext.runtime.errors import CorruptedError, EngineMismatchError
 from fluxkontext.runtime.golden import load_golden, replay
 
 pytest.importorskip(
@@ -276,6 +276,61 @@ def test_everything_is_freed(played: tuple[KontextPipeline, Any]) -> None:
     pipe.close()
     gc.collect()
     assert not host.blocks
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A GPU that the host plays, for the engines that are installed."""
+    from fluxkontext.runtime import cuda
+    from fluxkontext.runtime.backends import tensorrt
+
+    host_cuda = importlib.import_module(".host_cuda", __package__)
+    gpu = host_cuda.HostCuda()
+    monkeypatch.setattr(cuda, "cudart", gpu)
+    monkeypatch.setattr(tensorrt, "Engine", lambda _, *rest: host_cuda.HostEngine(gpu, *rest))
+    monkeypatch.setattr(tensorrt, "save_cache", lambda *_: None)
+    return host_cuda
+
+
+def test_engines_are_qualified_as_they_are_built(
+    copy: Path, host: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And stay so when they are built again where they cannot run."""
+    from fluxkontext.export.build import Order, build
+
+    order = Order(copy, "tensorrt-rtx", "sm_120", ((64, 64),), batch=2)
+    assert build(None, order, lambda _: None)["qualified"] is True
+    passed = read_manifest(copy)["engines"][SET]["qualified"]
+    assert passed["gpu"] == host.GPU
+    assert 0 <= passed["velocity_error"] < 1e-4
+    monkeypatch.setattr(host.HostCuda, "cudaGetDeviceCount", lambda _: (*host.OK, 0))
+    assert build(None, order, lambda _: None)["qualified"] is False
+    assert read_manifest(copy)["engines"][SET]["qualified"] == passed
+
+
+def test_engines_that_fail_are_not_installed(
+    copy: Path, host: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fluxkontext.export.build import Order, build
+
+    run = host.HostEngine.run
+
+    def wrong(self: Any, stream: int) -> None:
+        run(self, stream)
+        if self.name == "transformer":
+            size = 4 * int(np.prod(self.shapes["latents"]))
+            held = [self.cuda.view(self.addresses[key], size) for key in ("next", "velocity")]
+            self.cuda.do(lambda: [np.frombuffer(it, np.float32).__iadd__(1) for it in held])
+
+    monkeypatch.setattr(host.HostEngine, "run", wrong)
+    order = Order(copy, "tensorrt-rtx", "sm_120", ((64, 64),), batch=2)
+    said: list[str] = []
+    with pytest.raises(CorruptedError, match=f"{SET} on {host.GPU}.*error of velocity"):
+        build(None, order, said.append)
+    assert "engines" not in read_manifest(copy) or SET not in read_manifest(copy)["engines"]
+    assert not list(copy.rglob("*.engine"))
+    assert list(copy.rglob("*.log"))
+    assert not any("passed" in line for line in said)
 
 
 @pytest.mark.gpu

@@ -7,11 +7,13 @@ import torch
 from fluxkontext.bench.mini.instructions import draw_sample
 from fluxkontext.bench.mini.scenes import render
 from fluxkontext.bench.mini.training.batches import Batch, assemble
-from fluxkontext.bench.mini.training.editor import Editor, initialise, rope_for
+from fluxkontext.bench.mini.training.editor import Editor, Prediction, attend, initialise, rope_for
 from fluxkontext.bench.mini.training.flow_stage import weigh
 from fluxkontext.bench.mini.training.latents import Latents
 from fluxkontext.bench.mini.training.learner import Learner
 from fluxkontext.bench.mini.training.probe import denoise
+from fluxkontext.bench.mini.training.reader import contents, misread
+from fluxkontext.kernels.attention import attention_ref
 from fluxkontext.runtime import KontextPipeline
 
 from .conftest import SPEC, Random
@@ -73,8 +75,8 @@ def test_samples_of_a_batch_keep_their_own_noise_level(random_model: Random) -> 
     def run(part: slice) -> torch.Tensor:
         inputs = (noisy, nothing, batch.clip, batch.t5, sigmas, guidance)
         with torch.no_grad():
-            velocity: torch.Tensor = random_model.editor(*(x[part] for x in inputs), rope)
-        return velocity
+            found: Prediction = random_model.editor(*(x[part] for x in inputs), rope)
+        return found.velocity
 
     together = run(slice(None))
     alone = torch.cat([run(slice(0, 1)), run(slice(1, 2))])
@@ -92,15 +94,25 @@ def test_one_edit_is_learnt_by_heart(random_model: Random) -> None:
     initialise(editor, torch.Generator().manual_seed(0))
     learner = Learner(editor)
     rope = rope_for(editor, SIDE, 1, SPEC.text_length)
-    losses = []
+    wanted = contents(*batch.codes, SIDE)[None]
+    errors, unreads = [], []
     for _ in range(80):
         noisy = torch.lerp(target, noise, level)
-        velocity = editor(
+        found = editor(
             noisy, contexts.flatten(1, 2), batch.clip, batch.t5, level, torch.tensor([2.5]), rope
         )
-        error = (velocity - (noise - target)).square().mean(-1)
-        loss, _ = weigh(error, target, contexts, 1.0)
+        error = (found.velocity - (noise - target)).square().mean(-1)
+        unread = misread(found.reading, wanted.flatten(1, 2)).unflatten(1, wanted.shape[1:3])
+        loss, _ = weigh(error, unread, target, contexts, 1.0)
         loss.backward()
         learner.step(3e-3)
-        losses.append(loss.item())
-    assert losses[-1] < 0.02 * losses[0]
+        errors.append(error.mean().item())
+        unreads.append(unread.mean().item())
+    assert errors[-1] < 0.02 * errors[0]
+    assert unreads[-1] < 0.02 * unreads[0]
+
+
+def test_attention_as_matrix_products_is_attention() -> None:
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, 3, 16, generator=rng) for n in (5, 9, 9))
+    torch.testing.assert_close(attend(q, k, v), attention_ref(q, k, v))

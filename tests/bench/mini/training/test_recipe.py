@@ -152,6 +152,10 @@ def test_the_miniature_fits_its_budget() -> None:
 
 def test_what_ships_edits(trained: Path, shipped: Path) -> None:
     assert total_bytes(shipped) < 20_000_000
+    assert any(
+        name.startswith("reader.") for name in load_file(trained / "edit/weights.safetensors")
+    )
+    assert not (shipped / "reader").exists()
     readme = (shipped / "README.md").read_text()
     for stage in STAGES:
         assert f"bench.mini.train {stage} --out RUN --device cpu" in readme
