@@ -28,11 +28,11 @@ gpu:
 	-$(RUN) pytest -m gpu | tee $(OUT)/tests.txt
 	-$(BENCH) kernels --out $(OUT)/kernels.json
 	-$(BENCH) gpu --out $(OUT)/gpu.json
-	-$(BENCH) gpu --sustain 0 --precision fp8:attention=fp8 --vram-budget 14GiB \
+	-$(BENCH) gpu --sustain 0 --precision fp8:attend=fp8 --vram-budget 14GiB \
 		--out $(OUT)/gpu-14GiB.json
 	-$(BENCH) gpu --sustain 0 --precision nvfp4 --vram-budget 9GiB \
 		--out $(OUT)/gpu-9GiB.json
-	-$(BENCH) compare --spec full --cold 0 --precision fp8 --kernel attention=fp8 \
+	-$(BENCH) compare --spec full --cold 0 --precision fp8 --kernel attend=fp8 \
 		--peers diffusers --out $(OUT)/compare-fp8-all.json
 	-$(BENCH) compare --spec full --cold 0 --precision fp8 \
 		--peers diffusers-torchao-fp8 --out $(OUT)/compare-fp8-linears.json

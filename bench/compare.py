@@ -300,7 +300,7 @@ def _parser() -> Parser:
         default=[],
         type=kernel,
         metavar="OP=NAME",
-        help="ours: implementation of an op, such as attention=fp8 (native)",
+        help="ours: implementation of an op, such as attend=fp8 (native)",
     )
     parser.add_argument(
         "--peers",

@@ -51,7 +51,7 @@ _WORKS = (
 )
 """Scenario, steps and batch."""
 _HEADLINE = 1
-_LADDER = {"cuda": ["bf16", "fp8", "fp8:attention=fp8", "nvfp4"], "cpu": ["fp32", "bf16"]}
+_LADDER = {"cuda": ["bf16", "fp8", "fp8:attend=fp8", "nvfp4"], "cpu": ["fp32", "bf16"]}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -113,7 +113,7 @@ class Rung:
         precision, *pairs = text.split(":")
         if odd := [pair for pair in pairs if "=" not in pair]:
             raise InvalidInputError(
-                f"--precision: expected PRECISION[:OP=NAME ...], such as fp8:attention=fp8, "
+                f"--precision: expected PRECISION[:OP=NAME ...], such as fp8:attend=fp8, "
                 f"found {odd[0]} in {text}"
             )
         return cls(precision, dict(pair.split("=", 1) for pair in pairs))
@@ -221,7 +221,7 @@ def _with_roofline(model: Drawn, row: Json, ceilings: Json) -> Json:
     cost = step_cost(model.spec.transformer, parameters["tokens"], parameters["batch"], precision)
     step = row["step"]["p50"]
     refuse_impossible(row["name"], cost.flop, step, ceilings)
-    attention_fp8 = "attention=fp8" in row["details"].get("kernels", "").split()
+    attention_fp8 = "attend=fp8" in row["details"].get("kernels", "").split()
     return {**row, "roofline": roofline(cost, precision, ceilings, step, attention_fp8)}
 
 
@@ -284,7 +284,7 @@ def _parser() -> Parser:
         "--precision",
         type=several,
         metavar="PRECISION[:OP=NAME ...],...",
-        help="with ops by name; default: bf16,fp8,fp8:attention=fp8,nvfp4",
+        help="with ops by name; default: bf16,fp8,fp8:attend=fp8,nvfp4",
     )
     parser.add_argument(
         "--vram-budget",

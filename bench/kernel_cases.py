@@ -122,7 +122,11 @@ def _attention(chip: Chip) -> Cases:
             qkv, scales = empty(1, TOKENS, 3, HEADS, dim), empty(2, 2, dim)
             yield (
                 f"attention_inputs bf16 d{dim}",
-                launch_attention_inputs(inputs, qkv, scales, TEXT_TOKENS, rope),
+                launch_attention_inputs(inputs, *qkv.unbind(2), scales, TEXT_TOKENS, rope),
+            )
+            yield (
+                f"attention_inputs bf16 d{dim} of some queries",
+                launch_attention_inputs(inputs, q, k, v, scales[:1], 0, rope, rope),
             )
             yield (
                 f"attention_inputs bf16 d{dim} rotated",

@@ -219,7 +219,7 @@ def _attention(chip: Chip, dim: int) -> Iterator[Timed]:
     if not chip.fp8:
         return
     inputs = Fp8Inputs.empty(1, TOKENS, WIDTH // dim, dim, rope.device)
-    quantize = launch_attention_inputs(inputs, qkv, scales, TEXT_TOKENS, rope)
+    quantize = launch_attention_inputs(inputs, q, k, v, scales, TEXT_TOKENS, rope)
     plain_quantize = launch_quantize_attention(inputs, q, k, v)
     product = launch_attention_fp8(out, inputs, chip)
     yield Timed(

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from .attention_inputs import Fp8Inputs, launch_quantize_attention, quantize_attention_ref
+from .attention_inputs import Fp8Inputs
 from .attention_step import SCALE_BLOCK, Config, attend, shared_args
 from .attention_tma import launch_attention_tma
 from .chips import Chip, chip_of
@@ -30,11 +30,6 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def attention_fp8_ref(inputs: Fp8Inputs, dtype: torch.dtype) -> Tensor:
     """The same of what quantised inputs stand for, computed in ``dtype``."""
     return attention_ref(*(t.to(dtype) for t in inputs.dequantized()))
-
-
-def quantized_attention_ref(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """:func:`attention_ref` with its inputs quantised to FP8."""
-    return attention_fp8_ref(quantize_attention_ref(q, k, v), q.dtype)
 
 
 @dataclass(frozen=True)
@@ -214,25 +209,4 @@ def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """:func:`attention_ref` as one kernel."""
     out: Tensor = _attention(q, k, v)
-    return out
-
-
-@torch.library.custom_op("fluxkontext::quantized_attention", mutates_args=())
-def _quantized_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    (batch, tokens, heads, dim), queries = k.shape, q.shape[1]
-    inputs = Fp8Inputs.empty(batch, tokens, heads, dim, q.device, queries)
-    launch_quantize_attention(inputs, q, k, v)()
-    out = torch.empty(batch, queries, heads * dim, dtype=q.dtype, device=q.device)
-    launch_attention_fp8(out, inputs, chip_of(q.device))()
-    return out
-
-
-@_quantized_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return torch.empty(*q.shape[:2], q.shape[2] * q.shape[3], dtype=q.dtype, device=q.device)
-
-
-def quantized_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """:func:`quantized_attention_ref` as two kernels."""
-    out: Tensor = _quantized_attention(q, k, v)
     return out

@@ -114,7 +114,7 @@ def _block_quantized(x):
 
 @triton.jit(do_not_specialize=["queries", "tokens", "text_tokens"])
 def _attention_inputs_kernel(
-    q_in_ptr, k_in_ptr, v_in_ptr, norm_ptr, rope_ptr, position_ptr,
+    q_in_ptr, k_in_ptr, v_in_ptr, norm_ptr, q_rope_ptr, rope_ptr, position_ptr,
     q_ptr, k_ptr, v_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr,
     queries, tokens, text_tokens, heads,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
@@ -122,7 +122,7 @@ def _attention_inputs_kernel(
     D: tl.constexpr, T: tl.constexpr, A0: tl.constexpr, A1: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks of tokens, heads, batch). Without ``norm_ptr``, queries and keys are normed
-    and rotated already."""
+    and rotated already; without ``q_rope_ptr``, both have the same angles."""
     block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     token = block * T + tl.arange(0, T)
     channel = tl.arange(0, D)[None, :]
@@ -139,7 +139,10 @@ def _attention_inputs_kernel(
         q_in_ptr += batch * q_batch + head * q_head
         q = tl.load(q_in_ptr + token[:, None] * q_token + channel, exists, 0.0).to(tl.float32)
         if norm_ptr is not None:
-            q = rotated(q, tl.load(norm_ptr + stream + channel).to(tl.float32), rope)
+            q_rope = rope
+            if q_rope_ptr is not None:
+                q_rope = rotations(q_rope_ptr, None, token, token < queries, D, 0, 0)
+            q = rotated(q, tl.load(norm_ptr + stream + channel).to(tl.float32), q_rope)
         q, scale = _block_quantized(q)
         place = ((batch * queries + token[:, None]) * heads + head) * D + channel
         tl.store(q_ptr + place, q, exists)
@@ -165,33 +168,42 @@ def _attention_inputs_kernel(
 
 def launch_attention_inputs(
     out: Fp8Inputs,
-    qkv: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     scales: Tensor,
     text_tokens: int,
     rope: Tensor,
+    q_rope: Tensor | None = None,
     positions: Tensor | None = None,
     axes_dim: Sequence[int] = (),
 ) -> Launch:
-    """Quantise ``qkv [B, S, 3, H, d]`` into ``out``; arguments as of ``launch_norm_rope``."""
-    dim = qkv.shape[-1]
+    """Norm and rotate ``q [B, Sq, H, d]`` and ``k [B, Sk, H, d]``, and quantise them and ``v`` into
+    ``out``; other arguments as of ``launch_norm_rope``.
+
+    q_rope: the angles ``[Sq, d / 2, 2]`` of queries that are not the first tokens, which only
+    one stream may have.
+    """
+    dim = q.shape[-1]
+    assert q_rope is None or not text_tokens, "of two streams, all queries are needed"
     assert scales.shape == (2 if text_tokens else 1, 2, dim), scales.shape
     assert scales.stride(-1) == 1, "channels lie side by side"
     assert all(dim % 8 == 0 for dim in axes_dim), axes_dim
     norm = {
-        "norm_ptr": scales, "rope_ptr": rope, "position_ptr": positions,
+        "norm_ptr": scales, "q_rope_ptr": q_rope, "rope_ptr": rope, "position_ptr": positions,
         "text_tokens": text_tokens,
         "norm_stream": scales.stride(0), "norm_part": scales.stride(1),
         "A0": axes_dim[0] if positions is not None else 0,
         "A1": axes_dim[1] if positions is not None else 0,
     }  # fmt: skip
-    q, k, v = qkv.unbind(2)
     return _launch(out, q, k, v, norm)
 
 
 def launch_quantize_attention(out: Fp8Inputs, q: Tensor, k: Tensor, v: Tensor) -> Launch:
     """Quantise ``q [B, Sq, H, d]``, ``k, v [B, Sk, H, d]``, Sq at most Sk, as they are."""
     norm = {
-        "norm_ptr": None, "rope_ptr": None, "position_ptr": None, "text_tokens": 0,
+        "norm_ptr": None, "q_rope_ptr": None, "rope_ptr": None, "position_ptr": None,
+        "text_tokens": 0,
         "norm_stream": 0, "norm_part": 0, "A0": 0, "A1": 0,
     }  # fmt: skip
     return _launch(out, q, k, v, norm)

@@ -6,13 +6,8 @@ from typing import Any
 
 import torch
 
-from .attention import (
-    CONFIGS,
-    attention,
-    attention_ref,
-    quantized_attention,
-    quantized_attention_ref,
-)
+from .attend import attend_fp8, attend_fp8_ref, attend_ref, attend_rotated
+from .attention import CONFIGS, attention, attention_ref
 from .attention_libraries import FA3_HEAD_DIM, attention_cudnn, attention_fa3, has_fa3
 from .attention_tma import CONFIGS as TMA_CONFIGS
 from .chips import chip_of, unsupported
@@ -136,7 +131,14 @@ def _attention_fa3(situation: Situation) -> str | None:
     return None if has_fa3() else "fa3-fwd is not installed: pip install --no-deps fa3-fwd einops"
 
 
-def _attention_fp8(situation: Situation) -> str | None:
+def _attend_rotated(situation: Situation) -> str | None:
+    if reason := _half(situation):
+        return reason
+    dim = situation.head_dim
+    return None if dim in (64, 128) else f"no configuration for heads of {dim}"
+
+
+def _attend_fp8(situation: Situation) -> str | None:
     if reason := _fp8(situation):
         return reason
     key = (chip_of(situation.device).sm, 1, situation.head_dim)
@@ -206,7 +208,11 @@ CANDIDATES: Mapping[str, tuple[Candidate, ...]] = {
         Candidate("cudnn", attention_cudnn, _attention_cudnn),
         Candidate("torch", attention_ref, _anywhere),
         Candidate("triton", attention, _attention),
-        Candidate("fp8", quantized_attention, _attention_fp8, quantized_attention_ref),
+    ),
+    "attend": (
+        Candidate("apart", attend_ref, _anywhere),
+        Candidate("rotated", attend_rotated, _attend_rotated),
+        Candidate("fp8", attend_fp8, _attend_fp8, attend_fp8_ref),
     ),
     "gate_residual": _triton(gate_residual, _on_gpu, gate_residual_ref),
     "gelu": (

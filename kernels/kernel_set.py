@@ -1,15 +1,14 @@
 """The set of implementations that a model is built with, chosen once, at load."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
-from .attention import (
-    attention_ref,
-)
+from .attend import Stream, attend_ref
+from .attention import attention_ref
 from .gate_residual import gate_residual_ref
 from .gelu import (
     gelu_beside_ref,
@@ -34,7 +33,8 @@ from .quantize import Rows, quantize_rows_ref
 
 @dataclass(frozen=True)
 class KernelSet:
-    """One implementation of every fused op; signatures are those of the ``*_ref`` functions."""
+    """One implementation of every fused op; signatures are those of the ``*_ref`` functions, and of
+    :func:`~.attend.attend_ref`, which is given the set."""
 
     name: str
     modulate: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -43,6 +43,7 @@ class KernelSet:
     residual_modulate_rows: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Rows]]
     norm_rope: Callable[[Tensor, Tensor, Tensor], Tensor]
     attention: Callable[[Tensor, Tensor, Tensor], Tensor]
+    attend: Callable[["KernelSet", Sequence[Stream], Tensor, Tensor], Tensor]
     gate_residual: Callable[[Tensor, Tensor, Tensor], Tensor]
     gelu: Callable[[Tensor], Tensor]
     gelu_rows: Callable[[Tensor], Rows]
@@ -90,6 +91,7 @@ def reference() -> KernelSet:
         residual_modulate_rows=residual_modulate_rows_ref,
         norm_rope=norm_rope_ref,
         attention=attention_ref,
+        attend=attend_ref,
         gate_residual=gate_residual_ref,
         gelu=gelu_ref,
         gelu_rows=gelu_rows_ref,

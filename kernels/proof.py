@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .attend import Stream
 from .candidates import CANDIDATES, Candidate, Situation, assembled, usable
 from .gelu import gelu_beside_ref, gelu_ref
 from .kernel_set import KernelSet, reference
@@ -128,6 +129,9 @@ def _several(results: Any) -> tuple[Tensor, ...]:
 
 def _each(arg: Any, target: torch.device | torch.dtype) -> Any:
     """An argument on a device, or with all but quantised numbers in a floating-point type."""
+    if isinstance(arg, tuple):
+        parts = [_each(part, target) for part in arg]
+        return type(arg)(*parts) if hasattr(arg, "_fields") else tuple(parts)
     if not isinstance(arg, (NvFp4, Tensor)):
         return arg
     if isinstance(arg, NvFp4):
@@ -181,6 +185,17 @@ def _attention(draw: torch.Generator, at: Situation, width: int) -> list[Any]:
     return [q[:, TOKENS:], k, v]
 
 
+def _attend(draw: torch.Generator, at: Situation, width: int) -> list[Any]:
+    streams = []
+    for tokens in (TOKENS, 4 * TOKENS):  # text, image
+        qkv = _randn(draw, at, BATCH, tokens, 3 * HEADS * at.head_dim)
+        norms = 1 + 0.2 * _randn(draw, at, 2, at.head_dim)
+        q, k, v = qkv.unflatten(-1, (3, HEADS, at.head_dim)).unbind(2)
+        streams.append(Stream(q, k, v, *norms.unbind(0)))
+    rope = rope_table(torch.arange(5 * TOKENS)[:, None], (at.head_dim,), 10_000.0)
+    return [reference(), tuple(streams), rope, rope]
+
+
 def _gelu(draw: torch.Generator, at: Situation, width: int) -> list[Any]:
     return [_randn(draw, at, BATCH, TOKENS, 5 * width)[..., width:]]
 
@@ -229,6 +244,7 @@ CASES: Mapping[str, Case] = {
     "residual_modulate": Case(_residual_modulate),
     "norm_rope": Case(_norm_rope),
     "attention": Case(_attention),
+    "attend": Case(_attend),
     "gate_residual": Case(_gate_residual),
     "gelu": Case(_gelu),
     "gelu_beside": Case(_gelu_beside),

@@ -85,5 +85,5 @@ def kernel(text: str) -> tuple[str, str]:
     """``OP=NAME``, for a parser."""
     op, equals, name = text.partition("=")
     if not (op and equals and name):
-        raise argparse.ArgumentTypeError(f"expected OP=NAME, such as attention=fp8, found {text!r}")
+        raise argparse.ArgumentTypeError(f"expected OP=NAME, such as attend=fp8, found {text!r}")
     return op, name

@@ -42,7 +42,7 @@ def options() -> Parser:
         default=[],
         type=kernel,
         metavar="OP=NAME",
-        help="implementation of an op, such as attention=fp8; `doctor` lists them (native)",
+        help="implementation of an op, such as attend=fp8; `doctor` lists them (native)",
     )
     options.add_argument("--steps", type=count, default=28, help="default: %(default)s")
     options.add_argument("--guidance", type=float, default=2.5, help="default: %(default)s")

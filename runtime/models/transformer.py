@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...kernels import Before, KernelSet
+from ...kernels import Before, KernelSet, Stream
 from ...kernels.norm_rope import rope_table
 from ...kernels.quantize import Rows, tokens_of
 from ..config import TransformerConfig
@@ -108,10 +108,10 @@ class DoubleStreamBlock(nn.Module):
         D = config.hidden_size
         self.kernels = kernels
         self.img_mod = Modulation(D, 6)
-        self.img_attn = SelfAttention(config, kernels)
+        self.img_attn = SelfAttention(config)
         self.img_mlp = FeedForward(D, config.mlp_hidden, kernels)
         self.txt_mod = Modulation(D, 6)
-        self.txt_attn = SelfAttention(config, kernels)
+        self.txt_attn = SelfAttention(config)
         self.txt_mlp = FeedForward(D, config.mlp_hidden, kernels)
 
     def forward(
@@ -125,10 +125,10 @@ class DoubleStreamBlock(nn.Module):
 
         img_normed = before(self.img_attn.qkv).modulate(img, img_shift, img_scale)
         txt_normed = before(self.txt_attn.qkv).modulate(txt, txt_shift, txt_scale)
-        img_qkv = self.img_attn(img_normed, rope[text_tokens:])
-        txt_qkv = self.txt_attn(txt_normed, rope[:text_tokens])
-        q, k, v = (torch.cat(pair, dim=1) for pair in zip(txt_qkv, img_qkv, strict=True))
-        txt_att, img_att = ops.attention(q, k, v).tensor_split([text_tokens], dim=1)
+        attended = ops.attend(
+            ops, (self.txt_attn(txt_normed), self.img_attn(img_normed)), rope, rope
+        )
+        txt_att, img_att = attended.tensor_split([text_tokens], dim=1)
 
         img_att, txt_att = self.img_attn.proj(img_att), self.txt_attn.proj(txt_att)
         img, normed = img_mlp.residual_modulate(img, img_gate, img_att, img_shift2, img_scale2)
@@ -175,31 +175,25 @@ class SingleStreamBlock(nn.Module):
             k, v = self.linear1.part(normed, 1, 3)
             x, normed, q_rope = x[:, keep], tokens_of(normed, keep), rope[keep]
             (q,), (up,) = self.linear1.part(normed, 0, 1), self.linear1.part(normed, 3, 4)
-        q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))
-        q = ops.norm_rope(q, self.norm.query_norm.scale, q_rope)
-        k = ops.norm_rope(k, self.norm.key_norm.scale, rope)
-        y = self.linear2(ops.before(self.linear2).gelu_beside(ops.attention(q, k, v), up))
+        attended = ops.attend(ops, [self.norm.stream(q, k, v, self.num_heads)], q_rope, rope)
+        y = self.linear2(ops.before(self.linear2).gelu_beside(attended, up))
         return before_next.residual_modulate(x, gate, y, next_shift, next_scale)
 
 
 class SelfAttention(nn.Module):
     """Queries, keys and values of one stream; the joint attention is the block's."""
 
-    def __init__(self, config: TransformerConfig, kernels: KernelSet) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         D = config.hidden_size
-        self.kernels = kernels
         self.num_heads = config.num_heads
         self.qkv = FusedLinear(D, [D, D, D])
         self.norm = QKNorm(config.head_dim)
         self.proj = nn.Linear(D, D)
 
-    def forward(self, x: Tensor | Rows, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``x [B, tokens, D]`` to q, k, v, each ``[B, tokens, H, d]``, q and k rotated."""
-        q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in self.qkv(x))
-        q = self.kernels.norm_rope(q, self.norm.query_norm.scale, rope)
-        k = self.kernels.norm_rope(k, self.norm.key_norm.scale, rope)
-        return q, k, v
+    def forward(self, x: Tensor | Rows) -> Stream:
+        """What ``x [B, tokens, D]`` brings to attention."""
+        return self.norm.stream(*self.qkv(x), self.num_heads)
 
 
 class LastLayer(nn.Module):
@@ -261,6 +255,11 @@ class QKNorm(nn.Module):
         super().__init__()
         self.query_norm = RMSScale(dim)
         self.key_norm = RMSScale(dim)
+
+    def stream(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Stream:
+        """Projections ``[B, tokens, D]`` by heads, with the scales of their norms."""
+        q, k, v = (t.unflatten(-1, (heads, -1)) for t in (q, k, v))
+        return Stream(q, k, v, self.query_norm.scale, self.key_norm.scale)
 
 
 class RMSScale(nn.Module):

@@ -28,7 +28,7 @@ def test_a_cpu_gets_torch() -> None:
     for field in dataclasses.fields(KernelSet):
         if field.name != "name":
             assert getattr(chosen, field.name) is getattr(plain, field.name)
-    assert set(ops(chosen).values()) == {"torch"}
+    assert set(ops(chosen).values()) == {"torch", "apart"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
@@ -37,6 +37,7 @@ def test_a_cpu_gets_fewer_passes_where_they_pay(dtype: torch.dtype) -> None:
     sigmoid = "sigmoid" if dtype == torch.float32 else "torch"
     assert chosen.pop("norm_rope") == "complex"
     assert {chosen.pop("gelu"), chosen.pop("gelu_beside")} == {sigmoid}
+    assert chosen.pop("attend") == "apart"
     assert set(chosen.values()) == {"torch"}
 
 
@@ -44,6 +45,7 @@ def test_a_cpu_gets_fewer_passes_where_they_pay(dtype: torch.dtype) -> None:
 def test_a_gpu_gets_kernels() -> None:
     chosen = ops(select(GPU, BF16))
     assert chosen.pop("attention") == "cudnn"
+    assert chosen.pop("attend") == "apart"
     assert chosen.pop("linear_w4a4") == "torch"  # Hopper multiplies no FP4
     assert set(chosen.values()) == {"triton"}
     assert ops(select(GPU, BF16, named={"attention": "triton"}))["attention"] == "triton"
@@ -63,14 +65,14 @@ def test_flash_attention_3_comes_first_where_it_is_installed(
 @pytest.mark.usefixtures("_h100")
 def test_what_does_not_fit_is_left_out() -> None:
     assert ops(select(GPU, BF16, head_dim=96))["norm_rope"] == "torch"
-    assert set(ops(select(GPU, torch.float64)).values()) == {"torch"}
+    assert set(ops(select(GPU, torch.float64)).values()) == {"torch", "apart"}
 
 
 @pytest.mark.parametrize(
     ("named", "message"),
     [
         ({"gelu": "triton"}, "gelu: triton cannot be used: .* CUDA device, found cpu"),
-        ({"attention": "fp8"}, "attention: fp8 cannot be used: .* CUDA device, found cpu"),
+        ({"attend": "fp8"}, "attend: fp8 cannot be used: .* CUDA device, found cpu"),
         ({"gelu": "cuda"}, "gelu has no implementation 'cuda'"),
         ({"swish": "torch"}, "no op is called"),
     ],
@@ -88,8 +90,8 @@ def test_a_named_kernel_without_a_configuration() -> None:
 
 @pytest.mark.usefixtures("_h100")
 def test_what_computes_something_else_has_to_be_named() -> None:
-    assert ops(select(GPU, BF16))["attention"] == "cudnn"
-    assert ops(select(GPU, BF16, named={"attention": "fp8"}))["attention"] == "fp8"
+    assert ops(select(GPU, BF16))["attend"] == "apart"
+    assert ops(select(GPU, BF16, named={"attend": "fp8"}))["attend"] == "fp8"
 
 
 def test_layers_that_take_rows_get_them() -> None:

@@ -108,7 +108,7 @@ def test_rotated_as_loaded(dim: int, chip: Chip, device: torch.device) -> None:
 def test_quantised_inputs(tokens: int, text_tokens: int, dim: int, device: torch.device) -> None:
     qkv, scales, rope = projection(tokens, text_tokens, dim, device)
     inputs = Fp8Inputs.empty(2, tokens, 2, dim, device)
-    launch_attention_inputs(inputs, qkv, scales, text_tokens, rope)()
+    launch_attention_inputs(inputs, *qkv.unbind(2), scales, text_tokens, rope)()
     expected = attention_inputs_ref(qkv, scales, text_tokens, rope)
     exact = qk_norm_rope_ref(qkv.double(), scales.double(), text_tokens, rope.double())
     truth = (*exact, qkv[:, :, 2].double())

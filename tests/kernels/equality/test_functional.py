@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fluxkontext.kernels import (
+    attend,
     attention,
     gate_residual,
     gelu,
@@ -33,6 +34,7 @@ def ops(device: torch.device) -> dict[str, tuple[Op, tuple[Any, ...]]]:
 
     x, vector = randn(2, 5, 80)[..., :64], randn(2, 1, 64)
     q, k, v = randn(2, 9, 3, 2, 64).unbind(2)
+    scales = randn(1, 2, 64)
     rope = rope_table(torch.arange(9, device=device)[:, None].expand(-1, 3), (16, 24, 24), 1e4)
     x8, x_scale = quantize.quantize_rows_ref(x)
     w8, w_scale = quantize.quantize_rows_ref(randn(1, 24, 64))
@@ -47,6 +49,10 @@ def ops(device: torch.device) -> dict[str, tuple[Op, tuple[Any, ...]]]:
         "gelu_beside": (gelu._gelu_beside, (x[..., :16], x)),
         "norm_rope": (norm_rope._norm_rope, (q[:, :, None], randn(1, 1, 64), 0, rope)),
         "attention": (attention._attention, (q, k, v)),
+        "attend_rotated": (
+            attend._attend_rotated,
+            (q[:, 5:], k, v, *scales[0].unbind(0), rope[5:], rope),
+        ),
         "linear_w4a16": (
             linear_w4a16._linear_w4a16,
             (x, w4.packed, w4.block_scale, w4.scale, bias),
@@ -63,7 +69,8 @@ def ops(device: torch.device) -> dict[str, tuple[Op, tuple[Any, ...]]]:
         found["residual_modulate_rows"] = (modulate._residual_modulate_rows, residual)
         found["gelu_rows"] = (gelu._gelu_rows, (x,))
         found["gelu_beside_rows"] = (gelu._gelu_beside_rows, (x[..., :16], x))
-        found["quantized_attention"] = (attention._quantized_attention, (q[:, 5:], k, v))
+        cut = (q[:, 5:], k, v, scales, 0, rope[5:], rope)
+        found["attend_fp8"] = (attend._attend_fp8, cut)
         arguments = (x8, x_scale, w8, w_scale.squeeze(-1), bias[None], 0)
         found["linear_fp8"] = (linear_fp8._linear_fp8, arguments)
     if chip_of(device).fp4:
