@@ -78,7 +78,7 @@ EXTRAS = {
 
 PACKAGE_DATA = {f"fluxkontext.{root}": ["py.typed"] for root in ROOTS}
 PACKAGE_DATA["fluxkontext.bench"].append("document.schema.json")
-PACKAGE_DATA["fluxkontext.export"].append("manifest.schema.json")
+PACKAGE_DATA["fluxkontext.export"] += ["manifest.schema.json", "scene.png"]
 PACKAGE_DATA["fluxkontext.bench.report"] = ["style.css"]
 # The trained miniature, a bundle: whatever files it has.
 MINI = HERE / "runtime" / "mini"

@@ -37,7 +37,8 @@ PROMPTS = (
     "zoom out and show what is around",
 )
 """Kinds of edits that differ: colour, style, removal, addition, text, light, tone, framing."""
-SCENE = Path(__file__).parents[1] / "examples" / "scene.png"
+SCENE = Path(__file__).with_name("scene.png")
+"""A picture of soft light, edges and flat colours, for those who give none."""
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 

@@ -63,6 +63,8 @@ class Backend(Protocol):
     precision: str
     details: Mapping[str, str]
     """What else to know of it, for :attr:`KontextPipeline.about`: its kernels, say."""
+    leaves: bool
+    """Whether pictures can stay on a GPU."""
 
     def encode_text(self, prompt: TokenIds | Embeddings) -> Handle:
         """Text conditioning of one prompt."""
@@ -83,8 +85,9 @@ class Backend(Protocol):
     def write(self, state: State, latents: Floats) -> None:
         """Replace the current latents, for a callback that changed them."""
 
-    def decode(self, state: State) -> list[Pixels]:
-        """The pictures."""
+    def decode(self, state: State, stay: bool = False) -> list[Any]:
+        """The pictures, uint8 ``[H, W, 3]``: numpy arrays; or, if they are to ``stay`` on the GPU
+        and the backend ``leaves`` them there, arrays with ``__cuda_array_interface__``."""
 
     def close(self) -> None:
         """Release the device's memory."""

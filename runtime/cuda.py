@@ -11,7 +11,12 @@ from cuda.bindings import runtime as cudart
 from numpy.typing import NDArray
 
 from .engines import Gpu
-from .errors import BackendUnavailableError, KontextError, OutOfMemoryError
+from .errors import (
+    BackendUnavailableError,
+    InvalidInputError,
+    KontextError,
+    OutOfMemoryError,
+)
 
 _OUT_OF_MEMORY = cudart.cudaError_t.cudaErrorMemoryAllocation
 
@@ -91,6 +96,27 @@ class Buffer:
             "data": (self.address, False),
             "version": 3,
         }
+
+
+def to_host(array: Any) -> NDArray[Any]:
+    """A copy of an array with ``__cuda_array_interface__`` (version 2 or 3), whoever made it.
+
+    Waits for all work of the device first. Raises InvalidInputError for one that is not laid out
+    as C does, or masked.
+    """
+    facts = array.__cuda_array_interface__
+    copy = np.empty(facts["shape"], facts["typestr"])
+    strides = facts.get("strides")
+    if facts.get("mask") is not None or (strides is not None and tuple(strides) != copy.strides):
+        raise InvalidInputError(
+            f"expected an array on the GPU that is dense and in C's order, found strides {strides}"
+            "; make a copy of it that is"
+        )
+    if copy.size:
+        check(cudart.cudaDeviceSynchronize())
+        kind = cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        check(cudart.cudaMemcpy(copy.ctypes.data, facts["data"][0], copy.nbytes, kind))
+    return copy
 
 
 class Stream:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from .errors import InvalidInputError, KontextError
+from .errors import BackendUnavailableError, InvalidInputError, KontextError
 from .files import whole_file
 
 MAX_PIXELS = 2**28
@@ -54,7 +54,8 @@ def read_picture(path: str | os.PathLike[str]) -> Pixels:
 
 
 def to_pixels(picture: Any) -> Pixels:
-    """8-bit RGB of a PIL image, an ``HWC`` or ``HW`` array, or a ``CHW`` torch tensor.
+    """8-bit RGB of a PIL image, an ``HWC`` or ``HW`` array (of numpy, or on a GPU), or a ``CHW``
+    torch tensor.
 
     PIL images are turned upright by their EXIF orientation; transparency is laid over white. Arrays
     and tensors hold 0..255 as uint8, 0..65535 as uint16, or floats in 0..1 (or -1..1 when any is
@@ -67,7 +68,7 @@ def to_pixels(picture: Any) -> Pixels:
         raise InvalidInputError(
             f"image: expected a PIL image, an array or a tensor, found {type(picture).__name__}"
         )
-    if not isinstance(picture, np.ndarray) and array.ndim == 3:
+    if _is_tensor(picture) and array.ndim == 3:
         array = np.moveaxis(array, 0, -1)  # torch tensors are CHW
     if array.ndim == 2:
         array = array[:, :, None]
@@ -84,14 +85,31 @@ def to_pixels(picture: Any) -> Pixels:
 
 
 def as_array(value: Any) -> NDArray[Any] | None:
-    """A numpy array or a torch tensor as numpy (bfloat16 as float32); None for anything else."""
+    """A numpy array, a torch tensor (bfloat16 as float32) or what has
+    ``__cuda_array_interface__`` (PyCUDA, CuPy, Numba) as numpy; None for anything else."""
     if isinstance(value, np.ndarray):
         return value
-    if type(value).__module__.partition(".")[0] != "torch":  # without importing torch
-        return None
+    if not _is_tensor(value):
+        return _from_gpu(value) if hasattr(value, "__cuda_array_interface__") else None
     value = value.detach().cpu()
     value = value.float() if value.is_floating_point() else value
     return np.asarray(value.numpy())
+
+
+def _is_tensor(value: Any) -> bool:
+    """Whether it is torch's, without importing torch."""
+    return type(value).__module__.partition(".")[0] == "torch"
+
+
+def _from_gpu(value: Any) -> NDArray[Any]:
+    try:
+        from .cuda import to_host
+    except ImportError:
+        raise BackendUnavailableError(
+            "expected cuda-bindings to read an array on a GPU, found none; "
+            "install it with: pip install cuda-bindings"
+        ) from None
+    return to_host(value)
 
 
 def resize(pixels: Pixels, width: int, height: int) -> Pixels:

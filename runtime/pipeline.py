@@ -163,11 +163,13 @@ class KontextPipeline:
         ``max_sequence_length`` None is the tokenizer's own limit. New are:
 
         image: a list with one prompt is several contexts of one edit, a list of lists the contexts
-        of each edit. context_layout: ``index`` (frames 1, 2, 3 ...) or ``offset`` (all at frame 1,
-        side by side). auto_resize: contexts go to the nearest preferred size; False only cuts them
-        to whole tokens. seed: one for all pictures (drawn from one stream, as diffusers does with
-        one CPU generator) or one a picture; None draws one and reports it. cancel: looked at before
-        every step. deadline: seconds from now, waiting included. progress: a bar on stderr.
+        of each edit; arrays may lie on a GPU (``__cuda_array_interface__``), as may latents and
+        embeddings. output_type: ``cuda`` leaves pictures there. context_layout: ``index`` (frames
+        1, 2, 3 ...) or ``offset`` (all at frame 1, side by side). auto_resize: contexts go to the
+        nearest preferred size; False only cuts them to whole tokens. seed: one for all pictures
+        (drawn from one stream, as diffusers does with one CPU generator) or one a picture; None
+        draws one and reports it. cancel: looked at before every step. deadline: seconds from now,
+        waiting included. progress: a bar on stderr.
 
         A callback gets ``latents`` as numpy and may return others; ask for none with an empty
         ``callback_on_step_end_tensor_inputs`` and nothing is copied.
@@ -176,6 +178,12 @@ class KontextPipeline:
         """
         watch = Watch(cancel, deadline)
         choice("output_type", output_type, OUTPUT_TYPES)
+        if output_type == "cuda" and not self.backend.leaves:
+            raise InvalidInputError(
+                f"output_type: expected pil, np or latent, as the {self.backend.name} backend on "
+                f"{self.backend.device} has its pictures on the host, found cuda; use engines, or "
+                "the native backend on a GPU"
+            )
         choice("context_layout", context_layout, LAYOUTS)
         for wanted in callback_on_step_end_tensor_inputs or ():
             choice("callback_on_step_end_tensor_inputs", wanted, _CALLBACK_INPUTS)
@@ -327,7 +335,7 @@ class KontextPipeline:
                     "precision bf16 or fp32"
                 )
         else:
-            outputs = self.backend.decode(state)
+            outputs = self.backend.decode(state, stay=output_type == "cuda")
         for job, output in zip(jobs, outputs, strict=True):
             job.output = output
 

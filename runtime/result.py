@@ -15,7 +15,7 @@ from .images import check_output, save
 from .jobs import Job
 from .request import Prompt
 
-OUTPUT_TYPES = ("pil", "np", "latent")
+OUTPUT_TYPES = ("pil", "np", "latent", "cuda")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,9 @@ class EditResult:
     """The pictures of a call, in the order of its edits.
 
     images: PIL images; or arrays ``[H, W, 3]`` float32 in 0..1 (``np``); or packed latents
-    ``[tokens, features]`` float32 (``latent``); arrays of one shape come stacked as one.
+    ``[tokens, features]`` float32 (``latent``); arrays of one shape come stacked as one. ``cuda``
+    leaves pictures on the GPU: a list of uint8 arrays ``[H, W, 3]`` with
+    ``__cuda_array_interface__``, which torch, CuPy and PyCUDA read without a copy.
     seeds: of each picture, None where a generator or latents were given. transforms: for each
     picture, how each of its contexts maps onto it. settings: for each picture, what made it, ready
     for JSON. timings: seconds by stage.
@@ -82,7 +84,7 @@ def assemble(
     outputs: Any = [job.output for job in jobs]
     if output_type == "pil":
         outputs = [Image.fromarray(pixels) for pixels in outputs]
-    else:
+    elif output_type != "cuda":
         if output_type == "np":
             outputs = [pixels.astype(np.float32) / 255 for pixels in outputs]
         if len({array.shape for array in outputs}) == 1:

@@ -92,6 +92,7 @@ class NativeBackend:
         """
         self._device = _choose_device(device)
         self.device = str(self._device)
+        self.leaves = self._device.type == "cuda"
         self._weights = choose_precision(precision, checkpoint, self._device)
         self.precision = self._weights.name
         self._dtype = dtype = self._weights.dtype
@@ -192,7 +193,7 @@ class NativeBackend:
         self._executor.latents(state.run).copy_(torch.from_numpy(latents))
 
     @on_device
-    def decode(self, state: State) -> list[Pixels]:
+    def decode(self, state: State, stay: bool = False) -> list[Any]:
         final = self._executor.latents(state.run)
         if not final.isfinite().all():
             raise KontextError(
@@ -200,13 +201,14 @@ class NativeBackend:
                 f"{self.precision}; use precision bf16 or fp32"
             )
         width, height = state.target
-        pictures = []
+        pictures: list[Any] = []
         for tokens in final.split(1):  # one at a time: the decoder is the memory's peak
             latents = unscale(unpack(tokens, width, height), self._vae.config)
             with self._exact_convolutions(), self._placed.stage():
                 image = self._vae.decode(latents.to(self._vae_dtype), self._placed.tile)[0]
             levels = (image.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
-            pictures.append(levels.permute(1, 2, 0).contiguous().cpu().numpy())
+            picture = levels.permute(1, 2, 0).contiguous()
+            pictures.append(picture if stay else picture.cpu().numpy())
         return pictures
 
     @property

@@ -62,6 +62,7 @@ class OnnxBackend:
     """Implements :class:`fluxkontext.runtime.backend.Backend`."""
 
     name = "onnx"
+    leaves = False
 
     def __init__(self, bundle: Bundle, device: str, precision: str) -> None:
         """Open a bundle. device: ``auto``, ``cpu``, ``cuda``; precision: ``auto`` or its own."""
@@ -155,7 +156,7 @@ class OnnxBackend:
     def write(self, state: State, latents: Floats) -> None:
         state.buffers[0].update_inplace(np.ascontiguousarray(latents))
 
-    def decode(self, state: State) -> list[Pixels]:
+    def decode(self, state: State, stay: bool = False) -> list[Any]:
         latents = state.buffers[0].numpy()
         if not np.isfinite(latents).all():
             raise KontextError(

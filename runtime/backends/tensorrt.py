@@ -41,6 +41,7 @@ class TensorRtBackend:
     """Implements :class:`fluxkontext.runtime.backend.Backend`."""
 
     name = "tensorrt"
+    leaves = True
 
     def __init__(
         self, bundle: Bundle, device: str, precision: str, *, qualified: bool = True
@@ -148,7 +149,7 @@ class TensorRtBackend:
         self._stream.enter()
         self._stream.write(state.latents, latents)
 
-    def decode(self, state: State) -> list[Pixels]:
+    def decode(self, state: State, stay: bool = False) -> list[Any]:
         if not np.isfinite(self.read(state)).all():
             raise KontextError(
                 f"expected finite latents, found NaN or infinity after the last step in "
@@ -158,13 +159,17 @@ class TensorRtBackend:
         width, height = state.target
         context = self._contexts["vae_decoder"]
         context.set_shapes({"latents": (1, height, width, features)})
-        pixels = Buffer(context.shape("pixels"), np.uint8)
-        pictures: list[Pixels] = []
+        _, *shape = context.shape("pixels")
+        pictures = [Buffer(tuple(shape), np.uint8) for _ in range(count if stay else 1)]
+        read: list[Pixels] = []
         for number in range(count):
+            pixels = pictures[number if stay else 0]
             context.set_addresses({"latents": state.latents.part(number), "pixels": pixels.address})
             context.run(self._stream.handle)
-            pictures.append(self._stream.read(pixels)[0])
-        return pictures
+            if not stay:
+                read.append(self._stream.read(pixels))
+        self._stream.wait()
+        return pictures if stay else read
 
     def close(self) -> None:
         """Keep what TensorRT-RTX has compiled, then free everything."""

@@ -607,6 +607,11 @@ def test_a_seed_that_was_drawn_is_reported_and_repeats(pipe: KontextPipeline) ->
     assert pipe(**EDIT | {"seed": None}).seeds != [seed]
 
 
+def test_pictures_stay_on_a_gpu_only_where_there_is_one(pipe: KontextPipeline) -> None:
+    with pytest.raises(InvalidInputError, match=r"output_type: .* on cpu has its .* found cuda"):
+        pipe(**EDIT | {"output_type": "cuda"})
+
+
 def test_output_types(pipe: KontextPipeline) -> None:
     pil = pipe(**EDIT | {"output_type": "pil"}).images
     array = pipe(**EDIT | {"output_type": "np"}).images

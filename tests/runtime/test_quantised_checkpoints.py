@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fluxkontext.bench.checkpoint_writer import stored_tensors
-from fluxkontext.export.calibrate import calibrate
+from fluxkontext.export.calibrate import SCENE, calibrate
 from fluxkontext.export.quantize import write_quantised
 from fluxkontext.kernels import reference
 from fluxkontext.kernels.nvfp4 import pack
@@ -43,7 +43,6 @@ OPS = reference()
 CPU = torch.device("cpu")
 State = dict[str, Tensor]
 SIZE = {"height": 64, "width": 64, "max_area": 64 * 64}
-SCENE = Path(__file__).parents[2] / "examples" / "scene.png"
 
 
 @pytest.fixture(scope="module")

@@ -79,6 +79,14 @@ class HostCuda:
     def cudaStreamDestroy(self, _: int) -> tuple[Any, ...]:
         return OK
 
+    def cudaDeviceSynchronize(self) -> tuple[Any, ...]:
+        assert self.recording is None, "a device that records cannot be waited for"
+        return OK
+
+    def cudaMemcpy(self, to: int, of: int, size: int, _: Any) -> tuple[Any, ...]:
+        ctypes.memmove(self.view(to, size), self.view(of, size), size)
+        return OK
+
     def cudaMemcpyAsync(self, to: int, of: int, size: int, *_: Any) -> tuple[Any, ...]:
         def copy() -> None:
             ctypes.memmove(self.view(to, size), self.view(of, size), size)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fluxkontext.runtime import BackendUnavailableError, KontextPipeline
+from fluxkontext.runtime import BackendUnavailableError, InvalidInputError, KontextPipeline
 from fluxkontext.runtime import bundle as bundles
 from fluxkontext.runtime.bundle import (
     SCHEMA_VERSION,
@@ -221,6 +221,43 @@ def test_the_backend_on_a_played_gpu(played: tuple[KontextPipeline, Any], built:
         assert np.abs(found - wanted).max() <= 1
     records = pipe.about["library"].startswith("tensorrt 11")
     assert (host.launches > 100) is records
+
+
+class OnGpu:
+    """An array as PyCUDA, CuPy and Numba have it; ``strides`` of theirs, None if it is dense."""
+
+    def __init__(self, stream: Any, array: np.ndarray[Any, Any], **facts: Any) -> None:
+        self.buffer = stream.put(array)
+        self.facts = facts
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {**self.buffer.__cuda_array_interface__, **self.facts}
+
+
+def test_arrays_on_the_gpu_go_in_and_come_out(played: tuple[KontextPipeline, Any]) -> None:
+    from fluxkontext.runtime.cuda import to_host
+
+    pipe, _ = played
+    stream = pipe.backend._stream
+    noise = np.random.default_rng(2).standard_normal((1, 16, 64)).astype(np.float32)
+    call: dict[str, Any] = {"prompt": "make it blue", "num_inference_steps": 2}
+    there = pipe(
+        OnGpu(stream, PICTURE), latents=OnGpu(stream, noise, version=2, strides=None), **call,
+        output_type="cuda",
+    )  # fmt: skip
+    here = pipe(PICTURE, latents=noise, **call)
+    (picture,) = there.images
+    assert picture.__cuda_array_interface__["typestr"] == "|u1"
+    assert np.array_equal(to_host(picture), np.asarray(here.images[0]))
+    several = pipe(PICTURE, num_images_per_prompt=2, seed=3, output_type="cuda", **call).images
+    wanted = pipe(PICTURE, num_images_per_prompt=2, seed=3, **call).images
+    for left, brought in zip(several, wanted, strict=True):
+        assert np.array_equal(to_host(left), np.asarray(brought))
+    with pytest.raises(InvalidInputError, match="dense and in C's order"):
+        pipe(OnGpu(stream, PICTURE, strides=(3, 192, 1)), **call)
+    with pytest.raises(InvalidInputError, match="arrays"):
+        there.save("never.png")
 
 
 def test_callbacks_read_and_replace_latents(played: tuple[KontextPipeline, Any]) -> None:
