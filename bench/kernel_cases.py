@@ -119,10 +119,10 @@ def _attention(chip: Chip) -> Cases:
         yield f"attention bf16 d{dim} rotated", launch_attention(out, q, k, v, chip, rotation)
         if chip.fp8:
             inputs = Fp8Inputs.empty(1, TOKENS, HEADS, dim, "meta")
-            qkv, scales = empty(1, TOKENS, 3, HEADS, dim), empty(2, 2, dim)
+            scales = empty(2, 2, dim)
             yield (
                 f"attention_inputs bf16 d{dim}",
-                launch_attention_inputs(inputs, *qkv.unbind(2), scales, TEXT_TOKENS, rope),
+                launch_attention_inputs(inputs, q, k, v, scales, TEXT_TOKENS, rope),
             )
             yield (
                 f"attention_inputs bf16 d{dim} of some queries",

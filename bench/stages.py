@@ -79,9 +79,9 @@ class StageClock:
     def write(self, state: State, latents: Floats) -> None:
         self._backend.write(state, latents)
 
-    def decode(self, state: State) -> list[Pixels]:
-        pixels: list[Pixels] = self._marked("vae_decode", self._backend.decode, state)
-        return pixels
+    def decode(self, state: State, stay: bool = False) -> list[Any]:
+        pictures: list[Any] = self._marked("vae_decode", self._backend.decode, state, stay)
+        return pictures
 
     def close(self) -> None:
         self._backend.close()

@@ -193,7 +193,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor | Rows) -> Stream:
         """What ``x [B, tokens, D]`` brings to attention."""
-        return self.norm.stream(*self.qkv(x), self.num_heads)
+        q, k, v = self.qkv(x)
+        return self.norm.stream(q, k, v, self.num_heads)
 
 
 class LastLayer(nn.Module):

@@ -80,7 +80,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     batch, dim = q.shape[0], q.shape[-1]
     q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))
     scores = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.mT, beta=0, alpha=dim**-0.5)
-    return torch.bmm(scores.softmax(-1), v).unflatten(0, (batch, -1)).transpose(1, 2).flatten(2)
+    heads: Tensor = torch.bmm(scores.softmax(-1), v).unflatten(0, (batch, -1))
+    return heads.transpose(1, 2).flatten(2)
 
 
 def rope_for(editor: Editor, side: int, contexts: int, text_tokens: int) -> Tensor:

@@ -116,7 +116,8 @@ class FlowStage:
     def unread(self, found: Prediction, batch: Batch) -> Tensor:
         """How badly each token's contents were read: ``[B, 1 + contexts, T]``, target first."""
         wanted = contents(*batch.codes, self.side).unflatten(0, batch.backgrounds.shape)
-        return misread(found.reading, wanted.flatten(1, 2)).unflatten(1, wanted.shape[1:3])
+        unread = misread(found.reading, wanted.flatten(1, 2))
+        return unread.view(wanted.shape[:3])
 
     def probe(self, weights: dict[str, Tensor]) -> dict[str, float]:
         return self._probe.scores(weights)

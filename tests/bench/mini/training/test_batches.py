@@ -58,7 +58,7 @@ def test_a_step_follows_from_its_number(random_model: Random) -> None:
 
 def test_groups_have_their_shares_and_contexts(random_model: Random) -> None:
     batches = steps_of(random_model)[0]
-    assert [batch.things.shape[:2] for batch in batches] == [(4, 1), (12, 2), (4, 3)]
+    assert [batch.things.shape[:2] for batch in batches] == [(4, 1), (13, 2), (3, 3)]
     for groups in (JOINT, TEXT_TO_IMAGE):
         assert sum(group.share for group in groups) == pytest.approx(1)
         for group in groups:
