@@ -86,13 +86,27 @@ def test_changed_tokens_weigh_more() -> None:
     target = torch.zeros(1, 4, 8)
     contexts = torch.zeros(1, 1, 4, 8)
     contexts[0, 0, 0] = 1.0
-    error = torch.ones(1, 4)
-    loss, figures = weigh(error, target, contexts, share=0.5)
+    error, read = torch.ones(1, 4), torch.zeros(1, 2, 4)
+    loss, figures = weigh(error, read, target, contexts, share=0.5)
     assert loss.item() == pytest.approx(0.5 * (4 + 3) / 4)
     assert {name: value.item() for name, value in figures.items()} == {
         "edit_changed": 1,
         "edit_kept": 1,
+        "edit_unread": 0,
+        "edit_context_unread": 0,
     }
+
+
+def test_what_is_misread_costs_less_in_contexts() -> None:
+    target, contexts = torch.zeros(1, 4, 8), torch.zeros(1, 1, 4, 8)
+    costs = []
+    for picture in (0, 1):
+        unread = torch.zeros(1, 2, 4)
+        unread[:, picture] = 1.0
+        loss, figures = weigh(torch.zeros(1, 4), unread, target, contexts, share=1.0)
+        costs.append(loss.item())
+        assert figures["edit_context_unread"].item() == picture
+    assert costs == pytest.approx([0.3, 0.3 * 0.25])
 
 
 def test_guidance_is_counted_from_the_plain_scale(random_model: Random) -> None:
@@ -109,10 +123,10 @@ def test_guidance_is_counted_from_the_plain_scale(random_model: Random) -> None:
     with torch.no_grad():
         with_text = random_model.editor(
             noisy, given, batch.clip[:3], batch.t5[:3], sigmas, plain, rope
-        )
+        ).velocity
         without = random_model.editor(
             noisy, given, *(ids.expand(3, -1) for ids in stage.blank), sigmas, plain, rope
-        )
+        ).velocity
     wanted = stage._guided(noisy, given, batch, sigmas, torch.tensor([2.5, 0.0, 5.0]), rope)
     torch.testing.assert_close(wanted[0], with_text[0])
     torch.testing.assert_close(wanted[1], without[1])
