@@ -201,6 +201,12 @@ def workload_for(
     return Workload((*whole, *probe), contexts, batch, length, static)
 
 
+def golden_of(root: Path) -> None:
+    """Have a golden edit in the bundle ``root``, of one context and the usual size."""
+    bundle = open_bundle(root)
+    golden_once(bundle, workload_for(bundle, (), (1, 1), 1, False), "always", lambda _: None)
+
+
 def golden_once(bundle: Bundle, workload: Workload, when: str, say: Say) -> None:
     """Have a golden edit that ``workload`` covers, made by ONNX Runtime on the CPU.
 

@@ -29,6 +29,11 @@ def add(commands: "Commands[Parser]", common: Parser) -> None:
         metavar="FILE",
         help="of `fluxkontext calibrate`; attention of an fp8-static checkpoint is then FP8, too",
     )
+    parser.add_argument(
+        "--golden",
+        action="store_true",
+        help="make the golden edit on the CPU, which `doctor` then compares with what runs there",
+    )
     parser.set_defaults(run=run)
 
 
@@ -38,6 +43,8 @@ def run(args: argparse.Namespace) -> None:
 
     for package in ("torch", "onnxscript"):
         require(package, "to export", "torch,export")
+    if args.golden:
+        require("onnxruntime", "to make the golden edit", "cpu")
     checkpoint = find(args.model, given_parts(args))
     write_bundle = import_module("fluxkontext.export.bundle").write_bundle
     calibration = None
@@ -46,4 +53,6 @@ def run(args: argparse.Namespace) -> None:
         calibration = read(args.calibration)
     progress = not args.json and sys.stderr.isatty()
     write_bundle(checkpoint, args.output, args.precision, args.weights, progress, calibration)
+    if args.golden:
+        import_module("fluxkontext.export.build").golden_of(args.output)
     show({"bundle": str(args.output)}, args.json)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from fluxkontext.export.build import golden_of
 from fluxkontext.runtime import CorruptedError
 from fluxkontext.runtime.bundle import file_entry, open_bundle, update_manifest
 from fluxkontext.runtime.cli import main
@@ -17,11 +18,9 @@ from fluxkontext.runtime.golden import (
     VELOCITY_LIMITS,
     golden_size,
     load_golden,
-    record,
     replay,
 )
-from fluxkontext.runtime.loader import load, open_backend
-from fluxkontext.runtime.schedule import SchedulerConfig
+from fluxkontext.runtime.loader import load
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +28,7 @@ def bundle(small_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """A bundle with a golden edit of one context; copy it before changing anything."""
     root = tmp_path_factory.mktemp("golden") / "bundle"
     shutil.copytree(small_bundle, root, copy_function=shutil.copy)
-    opened = open_bundle(root)
-    backend = open_backend("onnx", opened, "cpu", "auto")
-    scheduler = SchedulerConfig(**opened.manifest["scheduler"])
-    record(opened, backend, scheduler, golden_size(opened.grid()), contexts=1, batch=1)
+    golden_of(root)  # as `export --golden` does
     return root
 
 
