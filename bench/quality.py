@@ -1,4 +1,4 @@
-"""How often edits come out exactly right: ``fluxkontext bench quality --model M --out FOLDER``.
+"""How often edits come out exactly right: ``fluxkontext bench quality --out FOLDER``.
 
 Runs held-out requests of every kind through the pipeline, the same with the same seeds for every
 setting, and scores the pictures exactly (`bench/mini/score.py`). Writes ``quality.json`` with
@@ -246,7 +246,7 @@ def _kinds(text: str) -> list[str]:
 
 def _parser() -> Parser:
     parser = Parser("fluxkontext bench quality", description=__doc__.split(":")[0])
-    parser.add_argument("--model", required=True, help="a miniature, as `train export` writes it")
+    parser.add_argument("--model", default="mini", help="a miniature (default: the one that ships)")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument(
         "--samples", type=count, default=112, help="per kind (default: %(default)s)"

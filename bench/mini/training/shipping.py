@@ -1,6 +1,5 @@
 """Trained weights as a diffusers folder, and the sheet that tells where they come from."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,12 @@ _README = """# A miniature Kontext
 {parameters:.1f} million parameters, {megabytes:.1f} MB, in the layout of FLUX.1 Kontext [dev].
 It edits the 128 x 128 scenes of `bench/mini` and knows their {words} words; of photographs it knows
 nothing. It was trained from scratch, on pictures that `bench/mini` draws, by the recipe in
-`bench/mini/README.md`:
+`bench/mini/README.md` (of several devices, with `torchrun --nproc-per-node` for `python`):
 
 ```
 {commands}
+python -m fluxkontext.bench.mini.train export --out RUN --to MODEL
+fluxkontext export MODEL --weights copy --golden -o mini
 ```
 
 ## Stages
@@ -99,4 +100,26 @@ def _table(results: Mapping[str, Mapping[str, Any]]) -> str:
 def _scores(document: Mapping[str, Any] | None) -> str:
     if document is None:
         return "Not measured yet: `fluxkontext bench quality --model <this folder>`."
-    return "```json\n" + json.dumps(document["summary"], indent=2) + "\n```"
+    runs = document["runs"]
+    head = [f"{run['steps']} steps" for run in runs]
+    lines = [
+        f"Held-out requests, percent exact, by `fluxkontext bench quality` on the "
+        f"{runs[0]['backend']} backend in {runs[0]['precision']}; PSNR of what an edit leaves "
+        f"alone, at {head[0]}. Kinds and the score are those of `bench/mini`.",
+        "",
+        f"| | n | {' | '.join(head)} | PSNR, dB |",
+        "|---|" + "--:|" * (len(runs) + 2),
+    ]
+    for name, row in runs[0]["summary"].items():
+        exact = " | ".join(f"{run['summary'][name]['exact']:.1f}" for run in runs)
+        ratio = "" if row["psnr_untouched"] is None else f"{row['psnr_untouched']:.1f}"
+        lines.append(f"| {name} | {row['n']} | {exact} | {ratio} |")
+    for run in runs:
+        if run["chains"]["n"]:
+            turns = ", ".join(f"{share:.0f}" for share in run["chains"]["exact"])
+            lines += [
+                "",
+                f"Edits in a row, {run['steps']} steps: of {run['chains']['n']} chains, percent "
+                f"all right after each turn: {turns}.",
+            ]
+    return "\n".join(lines)

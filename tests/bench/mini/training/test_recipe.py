@@ -19,7 +19,7 @@ from fluxkontext.bench.mini.train import main
 from fluxkontext.bench.mini.training.batches import Batch
 from fluxkontext.bench.mini.training.flow_stage import FlowStage
 from fluxkontext.bench.mini.training.schedule import Budget, rate
-from fluxkontext.bench.mini.training.shipping import total_bytes
+from fluxkontext.bench.mini.training.shipping import total_bytes, write_readme
 from fluxkontext.bench.mini.training.spec import MAX_MODEL_BYTES, MINI
 from fluxkontext.runtime import KontextPipeline
 
@@ -167,6 +167,25 @@ def test_what_ships_edits(trained: Path, shipped: Path) -> None:
         assert pipe.tokenizer_2.model_max_length == MINI.text_length
     with pytest.raises(FileExistsError):
         main(["export", "--out", str(trained), "--to", str(shipped), "--ignore-gate"], SPEC)
+
+
+def test_the_sheet_tells_the_scores(tmp_path: Path) -> None:
+    def run(steps: int, exact: float) -> dict[str, Any]:
+        row = {"n": 9, "exact": exact, "psnr_untouched": 33.25}
+        summary = {"single": row, "caption": {**row, "psnr_untouched": None}}
+        about = {"steps": steps, "backend": "onnx", "precision": "fp32"}
+        return {**about, "summary": summary, "chains": {"n": 4, "exact": [75.0, 50.0]}}
+
+    document = {"runs": [run(28, 55.56), run(8, 44.44)]}
+    write_readme(tmp_path, {}, ["first", "second"], document, 252)
+    lines = (tmp_path / "README.md").read_text().splitlines()
+    assert "| | n | 28 steps | 8 steps | PSNR, dB |" in lines
+    assert "| single | 9 | 55.6 | 44.4 | 33.2 |" in lines
+    assert "| caption | 9 | 55.6 | 44.4 |  |" in lines
+    assert (
+        "Edits in a row, 8 steps: of 4 chains, percent all right after each turn: 75, 50." in lines
+    )
+    assert {"first", "second"} <= set(lines)
 
 
 def test_diffusers_reads_what_ships(random_model: Random) -> None:
