@@ -26,6 +26,8 @@ BENCH = $(PYTHON) -P -m fluxkontext.runtime.cli bench
 gpu:
 	mkdir -p $(OUT)
 	-$(RUN) pytest -m gpu | tee $(OUT)/tests.txt
+	-$(BENCH) quality --backend native --precision fp32,bf16,fp8,nvfp4 --steps 8 --samples 134 \
+		--chains 0 --batch 64 --out $(OUT)/quality
 	-$(BENCH) kernels --out $(OUT)/kernels.json
 	-$(BENCH) gpu --out $(OUT)/gpu.json
 	-$(BENCH) gpu --sustain 0 --precision fp8:attend=fp8 --vram-budget 14GiB \
