@@ -18,10 +18,12 @@ from .run import Run
 PLAIN_GUIDANCE = 2.5
 """The guidance scale at which the model does what it was shown; other ones are distilled last."""
 
-# Noise levels: what to do has to be decided at high noise, so the logit-normal of SD3
-# (arXiv:2403.03206) leans there; the uniform part keeps the ends covered, where a sampler starts
-# and finishes.
+# Noise levels. The logit-normal of SD3 (arXiv:2403.03206) is for detail, the uniform part keeps the
+# ends covered. But what an edit is to be has to be decided while the picture is still noise: later
+# it can be read off. With these two alone, 1 sample in 20 was above 0.9, and after 240k samples the
+# outcome was known of 97% of edits at 0.6, of 53% at 1. So many are drawn from the high end.
 _LOGIT_MEAN, _LOGIT_DEVIATION, _UNIFORM = 0.5, 1.0, 0.15
+_DECIDING, _LOWEST_DECIDING = 0.4, 0.8
 
 _CHANGED_WEIGHT = 4.0
 """Loss of a token that the edit changes, against one that it only copies."""
@@ -132,7 +134,9 @@ def draw_sigmas(count: int, generator: torch.Generator) -> Tensor:
     normal = torch.randn(count, generator=generator, device=device)
     sigmas = torch.sigmoid(_LOGIT_MEAN + _LOGIT_DEVIATION * normal)
     even, choice = torch.rand((2, count), generator=generator, device=device)
-    return torch.where(choice < _UNIFORM, even, sigmas)
+    sigmas = torch.where(choice < _UNIFORM, even, sigmas)
+    high = _LOWEST_DECIDING + (1 - _LOWEST_DECIDING) * even
+    return torch.where(choice > 1 - _DECIDING, high, sigmas)
 
 
 def disturb(contexts: Tensor, generator: torch.Generator) -> Tensor:
