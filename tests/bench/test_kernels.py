@@ -52,7 +52,7 @@ def test_on_a_cpu_every_op_is_timed_beside_its_reference(tmp_path: Path) -> None
         assert found["floor"] * document["ceilings"]["copy"]["p50"] >= 0.999 * found["bytes"]
     quantised = ("linear", "quantize")
     plain = {op for op in CANDIDATES if not op.startswith(quantised) and not op.endswith("_rows")}
-    assert set(ops) == plain
+    assert set(ops) == plain - {"attend"}  # which puts others together
     assert all(names[-1] == "torch" for names in ops.values())
     assert ops["gelu"] == ["sigmoid", "torch"]
     attention = next(r for r in document["results"] if r["scenario"] == "attention")

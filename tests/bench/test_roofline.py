@@ -40,7 +40,7 @@ def test_flop_is_what_torch_counts(
     target, context, text = tokens.values()
     D, rows = config.hidden_size, 12 * config.depth + 3 * config.depth_single_blocks + 2
     with torch.device("meta"), torch.inference_mode():
-        flux = Flux(config, reference())
+        flux = Flux(config, reference()).requires_grad_(False)
         inputs = (
             torch.empty(batch, target, config.in_channels),
             torch.empty(batch, context, D),

@@ -11,6 +11,7 @@ from ..score import EditScore, score_all
 from .batches import Group, assemble, draw_group
 from .editor import Editor, rope_for
 from .latents import Latents
+from .reader import contents, read_right
 from .run import Run
 
 STEPS = 8
@@ -40,9 +41,10 @@ class Probe:
         self.editor.load_state_dict(weights)
         found: dict[str, float] = {}
         for name, samples in zip(self._names(), self.samples, strict=True):
-            scores = self._edit(self.editor, samples)
+            scores, decided = self._edit(self.editor, samples)
             found[name] = round(100 * float(np.mean([s.exact for s in scores])), 1)
             found[f"{name}_garbled"] = round(100 * float(np.mean([s.garbled for s in scores])), 1)
+            found[f"{name}_decided"] = round(100 * float(np.mean(decided)), 1)
             kept = [s.psnr_untouched for s in scores if s.psnr_untouched is not None]
             if kept:
                 found[f"{name}_psnr"] = round(float(np.mean(kept)), 2)
@@ -51,28 +53,36 @@ class Probe:
     def _names(self) -> list[str]:
         return [("caption", "edit", "pair")[len(s[0].contexts)] for s in self.samples]
 
-    def _edit(self, editor: Editor, samples: list[Sample]) -> list[EditScore]:
+    def _edit(self, editor: Editor, samples: list[Sample]) -> tuple[list[EditScore], list[bool]]:
+        """The scores, and whether what is to come out is read right from noise alone."""
         device = self.run.device
-        pictures = []
+        pictures, decided = [], []
         for start in range(0, len(samples), _CHUNK):
             batch = assemble(self.run.folder / "tokenizers", samples[start : start + _CHUNK])
             batch = batch.to(device)
             tokens = self.latents.encode_scenes(*batch.codes)
             tokens = tokens.unflatten(0, batch.backgrounds.shape)
+            _, pictured, count, _ = tokens.shape
+            side = round(count**0.5)
             noise = torch.randn(tokens[:, 0].shape, generator=torch.Generator().manual_seed(start))
-            outcome = denoise(
-                editor,
-                noise.to(device),
-                tokens[:, 1:].flatten(1, 2),
-                batch.clip,
-                batch.t5,
-                rope_for(
-                    editor, round(tokens.shape[2] ** 0.5), tokens.shape[1] - 1, batch.t5.shape[1]
-                ).to(device),
-            )
-            pictures += list(self.latents.decode(outcome).cpu().numpy())
+            rope = rope_for(editor, side, pictured - 1, batch.t5.shape[1]).to(device)
+            given = (noise.to(device), tokens[:, 1:].flatten(1, 2), batch.clip, batch.t5)
+            pictures += list(self.latents.decode(denoise(editor, *given, rope)).cpu().numpy())
+            reading = first_reading(editor, *given, rope)[:, :count]
+            wanted = contents(batch.things[:, 0], batch.backgrounds[:, 0], side)
+            decided += read_right(reading, wanted).all(1).tolist()
         befores = [s.contexts[0] if s.contexts else None for s in samples]
-        return score_all(befores, [s.target for s in samples], pictures)
+        return score_all(befores, [s.target for s in samples], pictures), decided
+
+
+@torch.no_grad()
+def first_reading(
+    editor: Editor, noise: Tensor, contexts: Tensor, clip: Tensor, t5: Tensor, rope: Tensor
+) -> Tensor:
+    """What the editor reads of the target, and of contexts, before the first step."""
+    level, scale = noise.new_ones(len(noise)), noise.new_full((len(noise),), 2.5)
+    reading: Tensor = editor(noise, contexts, clip, t5, level, scale, rope).reading
+    return reading
 
 
 @torch.no_grad()

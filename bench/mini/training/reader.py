@@ -46,6 +46,12 @@ def contents(things: Tensor, backgrounds: Tensor, side: int) -> Tensor:
     return torch.stack((*named, backgrounds.long()[:, None].expand_as(sprite)), dim=-1)
 
 
+def read_right(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Whether the likeliest classes of logits ``[..., sum(CLASSES)]`` are ``[..., 4]``."""
+    found = [part.argmax(-1) for part in logits.split(CLASSES, dim=-1)]
+    return (torch.stack(found, dim=-1) == wanted).all(-1)
+
+
 def misread(logits: Tensor, wanted: Tensor) -> Tensor:
     """Cross-entropy ``[...]`` float32 of logits ``[..., sum(CLASSES)]`` for class indices
     ``[..., 4]``, the mean of the four."""

@@ -45,7 +45,7 @@ def test_a_named_kernel_runs_or_says_why_not(small_model: Path) -> None:
     load = partial(KontextPipeline.from_pretrained, small_model, backend="native", device="cpu")
     assert "norm_rope=torch" in load(kernels={"norm_rope": "torch"}).about["kernels"]
     for named, found in (
-        ({"attention": "fp8"}, "attention: fp8 cannot be used"),
+        ({"attend": "fp8"}, "attend: fp8 cannot be used"),
         ({"attention": "flash"}, "no implementation 'flash'; it has"),
         ({"softmax": "torch"}, "no op is called"),
     ):

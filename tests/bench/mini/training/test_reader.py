@@ -14,7 +14,13 @@ from fluxkontext.bench.mini.scenes import (
     draw_scene,
     encode,
 )
-from fluxkontext.bench.mini.training.reader import CLASSES, Reader, contents, misread
+from fluxkontext.bench.mini.training.reader import (
+    CLASSES,
+    Reader,
+    contents,
+    misread,
+    read_right,
+)
 
 SIDE = 8
 
@@ -53,6 +59,13 @@ def test_what_is_read_right_costs_nothing_and_guessing_costs_the_odds() -> None:
         dim=-1,
     )
     assert misread(right, wanted).max() == 0
+    assert read_right(right, wanted).all()
+    for place in range(len(CLASSES)):  # one class of one token off
+        other = wanted.clone()
+        other[0, 5, place] = (other[0, 5, place] + 1) % CLASSES[place]
+        seen = read_right(right, other)
+        assert not seen[0, 5]
+        assert seen.sum() == SIDE * SIDE - 1
     guess = misread(torch.zeros_like(right), wanted)
     assert guess.shape == (1, SIDE * SIDE)
     odds = torch.tensor(CLASSES).log().mean()
