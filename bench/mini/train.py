@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from ..checkpoint_writer import Spec
 from .training.distil_stage import DistilStage
@@ -55,15 +56,16 @@ def main(argv: Sequence[str] | None = None, spec: Spec = MINI) -> int:
                 torch._dynamo.config.recompile_limit = 64  # blocks and sequence lengths
                 if run.is_first:
                     _note(run.folder, line)
-                train(make_stage(args.stage, spec, run), run)
+                train(make_stage(args.stage, spec, run, args.start), run)
     except NotReadyError as error:
         print(error, file=sys.stderr)
         return 1
     return 0
 
 
-def make_stage(name: str, spec: Spec, run: Run) -> Stage:
-    """A stage with the weights that it starts from. Raises NotReadyError."""
+def make_stage(name: str, spec: Spec, run: Run, start_from: Path | None = None) -> Stage:
+    """A stage with the weights that it starts from: in a file, or of the stage before. Raises
+    NotReadyError."""
     if name == "vae":
         return VaeStage(spec, run)
     spec, weights = finished_vae(spec, run.folder, run.ignore_gate)
@@ -72,6 +74,10 @@ def make_stage(name: str, spec: Spec, run: Run) -> Stage:
     run.wait()
     before = Records(run.folder / STAGES[STAGES.index(name) - 1])
     start = before.load_weights() if name != "t2i" else None
+    if start_from is not None:
+        if not start_from.is_file():
+            raise NotReadyError(f"{start_from}: expected weights to start from, found no file")
+        start = load_file(start_from)
     if name != "t2i" and not before.done and not run.ignore_gate:
         raise NotReadyError(f"{before.folder}: expected a finished stage, found none; run it first")
     latents = load_latents(spec, weights, run)
@@ -165,6 +171,16 @@ def _parser() -> argparse.ArgumentParser:
         stage.add_argument("--probe-every", type=float, default=120.0, help="seconds")
         stage.add_argument("--probe-samples", type=int, default=128)
         stage.add_argument("--ignore-gate", action="store_true", help="start on unfinished ground")
+        if name == "vae":
+            stage.set_defaults(start=None)
+            continue
+        stage.add_argument(
+            "--start",
+            type=Path,
+            metavar="FILE",
+            help="weights.safetensors to start from, such as an earlier run's of the same stage; "
+            "default: of the stage before",
+        )
     ship = stages.add_parser("export")
     ship.add_argument("--out", type=Path, required=True, help="folder of the run")
     ship.add_argument("--to", type=Path, required=True, help="folder to write; must not exist")

@@ -111,6 +111,22 @@ def test_a_paused_run_goes_on_without_its_state(trained: Path, tmp_path: Path) -
     )
 
 
+def test_a_stage_goes_on_from_another_runs_weights(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for part in ("vae", "t2i"):
+        (tmp_path / part).symlink_to(trained / part)
+    start = trained / "edit" / "weights.safetensors"
+    run_stage("edit", tmp_path, "--steps", "1", "--rate", "1e-12", "--start", str(start))
+    found = load_file(tmp_path / "edit" / "weights.safetensors")
+    wanted, before = load_file(start), load_file(trained / "t2i" / "weights.safetensors")
+    assert all(torch.allclose(found[key], wanted[key], rtol=0, atol=1e-9) for key in wanted)
+    assert not all(torch.allclose(found[key], before[key], rtol=0, atol=1e-9) for key in wanted)
+    nowhere = ["--start", str(tmp_path / "nowhere"), *QUICK, "--steps", "1"]
+    assert main(["distill", "--out", str(tmp_path), *nowhere], SPEC) == 1
+    assert "expected weights to start from, found no file" in capsys.readouterr().err
+
+
 def test_two_processes_with_torchrun(tmp_path: Path, namespace_env: dict[str, str]) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     script = str(Path(__file__).with_name("conftest.py"))
