@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None, spec: Spec = MINI) -> int:
                 torch._dynamo.config.recompile_limit = 64  # blocks and sequence lengths
                 if run.is_first:
                     _note(run.folder, line)
-                train(make_stage(args.stage, spec, run, args.start), run)
+                train(make_stage(args.stage, spec, run, args.begin), run)
     except NotReadyError as error:
         print(error, file=sys.stderr)
         return 1
@@ -172,10 +172,10 @@ def _parser() -> argparse.ArgumentParser:
         stage.add_argument("--probe-samples", type=int, default=128)
         stage.add_argument("--ignore-gate", action="store_true", help="start on unfinished ground")
         if name == "vae":
-            stage.set_defaults(start=None)
+            stage.set_defaults(begin=None)
             continue
         stage.add_argument(
-            "--start",
+            "--begin",
             type=Path,
             metavar="FILE",
             help="weights.safetensors to start from, such as an earlier run's of the same stage; "

@@ -117,12 +117,12 @@ def test_a_stage_goes_on_from_another_runs_weights(
     for part in ("vae", "t2i"):
         (tmp_path / part).symlink_to(trained / part)
     start = trained / "edit" / "weights.safetensors"
-    run_stage("edit", tmp_path, "--steps", "1", "--rate", "1e-12", "--start", str(start))
+    run_stage("edit", tmp_path, "--steps", "1", "--rate", "1e-12", "--begin", str(start))
     found = load_file(tmp_path / "edit" / "weights.safetensors")
     wanted, before = load_file(start), load_file(trained / "t2i" / "weights.safetensors")
     assert all(torch.allclose(found[key], wanted[key], rtol=0, atol=1e-9) for key in wanted)
     assert not all(torch.allclose(found[key], before[key], rtol=0, atol=1e-9) for key in wanted)
-    nowhere = ["--start", str(tmp_path / "nowhere"), *QUICK, "--steps", "1"]
+    nowhere = ["--begin", str(tmp_path / "nowhere"), *QUICK, "--steps", "1"]
     assert main(["distill", "--out", str(tmp_path), *nowhere], SPEC) == 1
     assert "expected weights to start from, found no file" in capsys.readouterr().err
 
