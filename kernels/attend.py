@@ -68,6 +68,11 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
 
 
+def _result(q: Tensor, *_: Any) -> Tensor:
+    """Memory for what queries ``[B, Sq, H, d]`` become, whatever else an op is given."""
+    return q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3])
+
+
 @torch.library.custom_op("fluxkontext::attend_fp8", mutates_args=())
 def _attend_fp8(
     q: Tensor,
@@ -81,22 +86,12 @@ def _attend_fp8(
     (batch, tokens, heads, dim), queries = k.shape, q.shape[1]
     inputs = Fp8Inputs.empty(batch, tokens, heads, dim, q.device, queries)
     launch_attention_inputs(inputs, q, k, v, scales, text_tokens, rope, q_rope)()
-    out = torch.empty(batch, queries, heads * dim, dtype=q.dtype, device=q.device)
+    out = _result(q)
     launch_attention_fp8(out, inputs, chip_of(q.device))()
     return out
 
 
-@_attend_fp8.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scales: Tensor,
-    text_tokens: int,
-    q_rope: Tensor | None,
-    rope: Tensor,
-) -> Tensor:
-    return torch.empty(*q.shape[:2], q.shape[2] * q.shape[3], dtype=q.dtype, device=q.device)
+_attend_fp8.register_fake(_result)
 
 
 def attend_fp8(_: Any, streams: Sequence[Stream], q_rope: Tensor, rope: Tensor) -> Tensor:
@@ -112,17 +107,13 @@ def attend_fp8(_: Any, streams: Sequence[Stream], q_rope: Tensor, rope: Tensor) 
 def _attend_rotated(
     q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor, k_norm: Tensor, q_rope: Tensor, k_rope: Tensor
 ) -> Tensor:
-    out = torch.empty(*q.shape[:2], q.shape[2] * q.shape[3], dtype=q.dtype, device=q.device)
+    out = _result(q)
     rotation = Rotation(q_norm, k_norm, q_rope, k_rope)
     launch_attention(out, q, k, v, chip_of(q.device), rotation)()
     return out
 
 
-@_attend_rotated.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor, k_norm: Tensor, q_rope: Tensor, k_rope: Tensor
-) -> Tensor:
-    return torch.empty(*q.shape[:2], q.shape[2] * q.shape[3], dtype=q.dtype, device=q.device)
+_attend_rotated.register_fake(_result)
 
 
 def attend_rotated(ops: Any, streams: Sequence[Stream], q_rope: Tensor, rope: Tensor) -> Tensor:
