@@ -19,13 +19,13 @@ from ..kernels.gate_residual import launch_gate_residual
 from ..kernels.gelu import launch_gelu, launch_gelu_beside_rows
 from ..kernels.group_norm import launch_group_norm, moments_shape
 from ..kernels.launch import Launch
-from ..kernels.linear_fp8 import launch_linear_fp8
+from ..kernels.linear_fp8 import Fp8Product, launch_linear_fp8
 from ..kernels.linear_w4a4 import launch_linear_w4a4, launch_quantize_nvfp4
 from ..kernels.linear_w4a16 import launch_linear_w4a16
 from ..kernels.modulate import launch_modulate
 from ..kernels.norm_rope import launch_norm_rope
 from ..kernels.nvfp4 import NvFp4
-from ..kernels.quantize import FP8, launch_quantize_rows
+from ..kernels.quantize import FP8, launch_quantize_rows, launch_quantize_tensor
 
 BF16, FP32 = torch.bfloat16, torch.float32
 FLOATS = {"bf16": BF16, "fp32": FP32}
@@ -107,6 +107,7 @@ def _feed_forward(chip: Chip) -> Cases:
             yield f"gelu {name} beside rows", launch_gelu_beside_rows(beside8, row_scale, left, x)
             yield f"gelu {name} static", launch_gelu(out8, x, scale=scale)
             yield f"quantize_rows {name}", launch_quantize_rows(out8, row_scale, out)
+            yield f"quantize_tensor {name}", launch_quantize_tensor(out8, out, scale)
 
 
 def _attention(chip: Chip) -> Cases:
@@ -138,19 +139,20 @@ def _attention(chip: Chip) -> Cases:
 def _linear_fp8(chip: Chip) -> Cases:
     if not chip.fp8:
         return
-    x, out = empty(1, TOKENS, WIDTH, dtype=FP8), empty(1, TOKENS, 3 * WIDTH)
-    x_scale, one = empty(1, TOKENS, 1, dtype=FP32), empty(1, 1, 1, dtype=FP32)
-    weight, bias = empty(2, 3 * WIDTH, WIDTH, dtype=FP8), empty(2, 3 * WIDTH)
-    w_scale = empty(2, 3 * WIDTH, dtype=FP32)
-    stream = (weight[:1], w_scale[:1], bias[:1])
-    tensor = (weight[:1], one[0], bias[:1])
-    both = (weight, w_scale, bias)
-    yield "linear_fp8 rows", launch_linear_fp8(out, x, x_scale, *stream, chip)
-    yield "linear_fp8 tensor", launch_linear_fp8(out, x, one, *tensor, chip)
-    yield (
-        "linear_fp8 rows two streams",
-        launch_linear_fp8(out, x, x_scale, *both, chip, TEXT_TOKENS),
-    )
+
+    def product(tokens: int, one_scale: bool = False) -> tuple[Tensor, Fp8Product]:
+        x, weight = empty(1, tokens, WIDTH, dtype=FP8), empty(3 * WIDTH, WIDTH, dtype=FP8)
+        x_scale = empty(1, 1 if one_scale else tokens, 1, dtype=FP32)
+        w_scale, bias = empty(1 if one_scale else 3 * WIDTH, dtype=FP32), empty(3 * WIDTH)
+        return empty(1, tokens, 3 * WIDTH), Fp8Product(x, x_scale, weight, w_scale, bias)
+
+    for name, products in {
+        "rows": [product(TOKENS)],
+        "tensor": [product(TOKENS, one_scale=True)],
+        "rows two streams": [product(TEXT_TOKENS), product(TOKENS - TEXT_TOKENS)],
+    }.items():
+        outs, given = zip(*products, strict=True)
+        yield f"linear_fp8 {name}", launch_linear_fp8(outs, given, chip)
 
 
 def _nvfp4(rows: int) -> NvFp4:

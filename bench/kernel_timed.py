@@ -32,7 +32,7 @@ from ..kernels.gelu import (
 )
 from ..kernels.group_norm import group_norm_silu_ref, launch_group_norm, moments_shape
 from ..kernels.launch import Launch
-from ..kernels.linear_fp8 import launch_linear_fp8
+from ..kernels.linear_fp8 import Fp8Product, launch_linear_fp8
 from ..kernels.linear_w4a4 import launch_linear_w4a4, launch_quantize_nvfp4
 from ..kernels.linear_w4a16 import launch_linear_w4a16
 from ..kernels.modulate import launch_modulate, modulate_ref, residual_modulate_ref
@@ -276,19 +276,22 @@ def _linear_fp8(name: str, x: Tensor, weight: Tensor, bias: Tensor, chip: Chip) 
     (x8, x_scale), (w8, w_scale) = quantize_rows_ref(x), quantize_rows_ref(weight)
     one, bf16 = torch.ones(()), torch.bfloat16
     out = torch.empty(1, len(x), len(weight), dtype=DTYPE)
-    w_scales, biases = w_scale.view(1, -1), bias[None]
+    whole = Fp8Product(x8[None], x_scale[None], w8, w_scale.squeeze(-1), bias)
+    parts = [slice(None, TEXT_TOKENS), slice(TEXT_TOKENS, None)]
+    streams = [whole._replace(x=whole.x[:, it], x_scale=whole.x_scale[:, it]) for it in parts]
     return Timed(
         f"linear_fp8 {name}", size(x8, w8, out), 2 * x.numel() * len(weight), "fp8",
         {
-            "triton, rows": launch_linear_fp8(
-                out, x8[None], x_scale[None], w8[None], w_scales, biases, chip
-            ),
-            "triton, two streams": launch_linear_fp8(
-                out, x8[None], x_scale[None], w8.expand(2, -1, -1), w_scales.expand(2, -1),
-                biases.repeat(2, 1), chip, TEXT_TOKENS,
+            "triton, rows": launch_linear_fp8([out], [whole], chip),
+            "triton, two streams": launch_linear_fp8([out[:, it] for it in parts], streams, chip),
+            "triton, two streams in turn": in_turn(
+                *(
+                    launch_linear_fp8([out[:, it]], [stream], chip)
+                    for it, stream in zip(parts, streams, strict=True)
+                )
             ),
             "_scaled_mm, rows": lambda: torch._scaled_mm(
-                x8, w8.T, x_scale, w_scales, bias, out_dtype=bf16, use_fast_accum=True
+                x8, w8.T, x_scale, w_scale.view(1, -1), bias, out_dtype=bf16, use_fast_accum=True
             ),
             "_scaled_mm, tensor": lambda: torch._scaled_mm(
                 x8, w8.T, one, one, bias, out_dtype=bf16, use_fast_accum=True

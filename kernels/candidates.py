@@ -43,7 +43,7 @@ from .modulate import (
     residual_modulate_rows_ref,
 )
 from .norm_rope import norm_rope, norm_rope_complex, norm_rope_ref
-from .quantize import quantize_rows, quantize_rows_ref
+from .quantize import quantize_rows, quantize_rows_ref, quantize_tensor, quantize_tensor_ref
 
 
 @dataclass(frozen=True)
@@ -229,6 +229,7 @@ CANDIDATES: Mapping[str, tuple[Candidate, ...]] = {
     "gelu_beside_rows": _triton(gelu_beside_rows, _fp8, gelu_beside_rows_ref),
     "group_norm_silu": _triton(group_norm_silu, _group_norm, group_norm_silu_ref),
     "quantize_rows": _triton(quantize_rows, _fp8, quantize_rows_ref),
+    "quantize_tensor": _triton(quantize_tensor, _fp8, quantize_tensor_ref),
     "linear_fp8": (
         Candidate("triton", linear_fp8, _fp8),
         Candidate("scaled_mm", linear_fp8_scaled_mm, _scaled_mm),

@@ -17,7 +17,7 @@ from .gelu import (
     gelu_rows_ref,
 )
 from .group_norm import group_norm_silu_ref
-from .linear_fp8 import linear_fp8_ref
+from .linear_fp8 import Fp8Product, linear_fp8_ref
 from .linear_w4a4 import linear_w4a4_ref
 from .linear_w4a16 import linear_w4a16_ref
 from .modulate import (
@@ -28,7 +28,7 @@ from .modulate import (
 )
 from .norm_rope import norm_rope_ref
 from .nvfp4 import NvFp4
-from .quantize import Rows, quantize_rows_ref
+from .quantize import Rows, quantize_rows_ref, quantize_tensor_ref
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class KernelSet:
     gelu_beside_rows: Callable[[Tensor, Tensor], Rows]
     group_norm_silu: Callable[..., Tensor]
     quantize_rows: Callable[[Tensor], Rows]
-    linear_fp8: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    quantize_tensor: Callable[[Tensor, Tensor], Rows]
+    linear_fp8: Callable[[Sequence[Fp8Product]], list[Tensor]]
     linear_w4a16: Callable[[Tensor, NvFp4, Tensor], Tensor]
     linear_w4a4: Callable[[Tensor, Tensor, NvFp4, Tensor], Tensor]
 
@@ -99,6 +100,7 @@ def reference() -> KernelSet:
         gelu_beside_rows=gelu_beside_rows_ref,
         group_norm_silu=group_norm_silu_ref,
         quantize_rows=quantize_rows_ref,
+        quantize_tensor=quantize_tensor_ref,
         linear_fp8=linear_fp8_ref,
         linear_w4a16=linear_w4a16_ref,
         linear_w4a4=linear_w4a4_ref,

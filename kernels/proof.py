@@ -18,10 +18,11 @@ from .attend import Stream
 from .candidates import CANDIDATES, Candidate, Situation, assembled, usable
 from .gelu import gelu_beside_ref, gelu_ref
 from .kernel_set import KernelSet, reference
+from .linear_fp8 import Fp8Product
 from .modulate import modulate_ref, residual_modulate_ref
 from .norm_rope import rope_table
 from .nvfp4 import NvFp4, pack
-from .quantize import Rows, quantize_rows_ref
+from .quantize import FP8_MAX, Rows, quantize_rows_ref
 
 _log = logging.getLogger(__name__)
 
@@ -215,10 +216,19 @@ def _quantize_rows(draw: torch.Generator, at: Situation, width: int) -> list[Any
     return [_randn(draw, at, BATCH, TOKENS, width)]
 
 
+def _quantize_tensor(draw: torch.Generator, at: Situation, width: int) -> list[Any]:
+    x = _randn(draw, at, BATCH, TOKENS, width)
+    return [x, x.abs().amax().float() / FP8_MAX]
+
+
 def _linear_fp8(draw: torch.Generator, at: Situation, width: int) -> list[Any]:
-    x, x_scale = quantize_rows_ref(_randn(draw, at, BATCH, TOKENS, width))
-    weight, w_scale = quantize_rows_ref(_randn(draw, at, 1, ROWS, width) / width**0.5)
-    return [x, x_scale, weight, w_scale.squeeze(-1), _randn(draw, at, 1, ROWS)]
+    products = []
+    for tokens in (TOKENS, TOKENS // 2):
+        x, x_scale = quantize_rows_ref(_randn(draw, at, BATCH, tokens, width))
+        weight, w_scale = quantize_rows_ref(_randn(draw, at, ROWS, width) / width**0.5)
+        bias = _randn(draw, at, ROWS)
+        products.append(Fp8Product(x, x_scale, weight, w_scale.squeeze(-1), bias))
+    return [products]
 
 
 def _linear_w4a16(draw: torch.Generator, at: Situation, width: int) -> list[Any]:
@@ -258,6 +268,7 @@ CASES: Mapping[str, Case] = {
     "gelu_beside_rows": Case(_gelu_beside, seen=_dequantised, exact=gelu_beside_ref),
     "group_norm_silu": Case(_group_norm),
     "quantize_rows": Case(_quantize_rows, seen=_dequantised, exact=_same),
+    "quantize_tensor": Case(_quantize_tensor, seen=_dequantised, exact=lambda x, _scale: x),
     "linear_fp8": Case(_linear_fp8),
     "linear_w4a16": Case(_linear_w4a16),
     "linear_w4a4": Case(_linear_w4a4),

@@ -1,10 +1,10 @@
-"""FP8 E4M3 with one scale a row: what FP8 products take as activations.
+"""FP8 E4M3 with one scale a row, or a calibrated one for all: activations of FP8 products.
 
 ``x ≈ q * scale``; the largest magnitude of a row becomes 448, the largest of E4M3.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,7 +23,8 @@ _TINY = tl.constexpr(TINY)
 
 
 class Rows(NamedTuple):
-    """``values [..., K]`` E4M3 and ``scale [..., 1]`` float32: what an FP8 layer takes."""
+    """``values [..., K]`` E4M3 and ``scale [..., 1]`` float32, or one that is broadcast: what an
+    FP8 layer takes."""
 
     values: Tensor
     scale: Tensor
@@ -41,6 +42,13 @@ def quantize_rows_ref(x: Tensor) -> Rows:
     x = x if x.dtype == torch.float64 else x.float()
     scale = x.abs().amax(-1, keepdim=True).clamp(min=TINY) / FP8_MAX
     return Rows((x / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale.float())
+
+
+def quantize_tensor_ref(x: Tensor, scale: Tensor) -> Rows:
+    """``x [B, tokens, K]`` under one ``scale []``, which is returned as ``[1, 1, 1]``; what lies
+    beyond 448 becomes 448."""
+    x = x if x.dtype == torch.float64 else x.float()
+    return Rows((x / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale.view(1, 1, 1))
 
 
 @dataclass(frozen=True)
@@ -75,18 +83,40 @@ def _quantize_rows_kernel(
     tl.store(scale_ptr + row, scale)
 
 
+@triton.jit
+def _quantize_tensor_kernel(
+    x_ptr, out_ptr, scale_ptr, x_row, out_row, K: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Grid: (rows,)."""
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * x_row + k, k < K, 0.0).to(tl.float32)
+    x = tl.clamp(tl.div_rn(x, tl.load(scale_ptr)), -_FP8_MAX, _FP8_MAX)
+    tl.store(out_ptr + row * out_row + k, x.to(tl.float8e4nv), k < K)
+
+
 def launch_quantize_rows(out: Tensor, scale: Tensor, x: Tensor) -> Launch:
     """Write ``x [M, K]`` into ``out [M, K]`` E4M3 and ``scale [M, 1]``; rows may be strided."""
+    assert scale.shape == (len(x), 1), scale.shape
+    assert scale.is_contiguous(), scale.stride()
+    return _launch(_quantize_rows_kernel, out, scale, x)
+
+
+def launch_quantize_tensor(out: Tensor, x: Tensor, scale: Tensor) -> Launch:
+    """Write ``x [M, K]`` under one ``scale []`` into ``out [M, K]`` E4M3; rows may be strided."""
+    assert scale.numel() == 1, scale.shape
+    return _launch(_quantize_tensor_kernel, out, scale, x)
+
+
+def _launch(kernel: Any, out: Tensor, scale: Tensor, x: Tensor) -> Launch:
     rows, width = x.shape
     assert out.shape == x.shape, (out.shape, x.shape)
-    assert scale.shape == (rows, 1), scale.shape
-    assert scale.is_contiguous(), scale.stride()
     args = {
         "x_ptr": x, "out_ptr": out, "scale_ptr": scale,
         "x_row": x.stride(0), "out_row": out.stride(0),
         "K": width, "BLOCK": triton.next_power_of_2(width),
     }  # fmt: skip
-    return Launch(_quantize_rows_kernel, (rows,), args, config(width).warps)
+    return Launch(kernel, (rows,), args, config(width).warps)
 
 
 def empty_rows(like: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -113,3 +143,21 @@ def _fake(x: Tensor) -> tuple[Tensor, Tensor]:
 def quantize_rows(x: Tensor) -> Rows:
     """:func:`quantize_rows_ref` as one kernel."""
     return Rows(*_quantize_rows(x))
+
+
+@torch.library.custom_op("fluxkontext::quantize_tensor", mutates_args=())
+def _quantize_tensor(x: Tensor, scale: Tensor) -> Tensor:
+    out = torch.empty(x.shape, dtype=FP8, device=x.device)
+    rows = x.flatten(0, -2)
+    launch_quantize_tensor(out.view(rows.shape), rows, scale)()
+    return out
+
+
+@_quantize_tensor.register_fake
+def _(x: Tensor, scale: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=FP8, device=x.device)
+
+
+def quantize_tensor(x: Tensor, scale: Tensor) -> Rows:
+    """:func:`quantize_tensor_ref` as one kernel."""
+    return Rows(_quantize_tensor(x, scale), scale.view(1, 1, 1))

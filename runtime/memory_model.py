@@ -144,16 +144,16 @@ def denoise_peak(
     c: TransformerConfig, batch: int, counts: _Tokens, precision: str, branches: int, e: int
 ) -> int:
     """The fullest moment of a step: in a single block, before the second linear layer; or in a
-    double block, at attention or in the feed-forward of the image."""
+    double block, at attention or in the feed-forward."""
     D, M = c.hidden_size, c.mlp_hidden
-    every, image = batch * counts.all, batch * (counts.target + counts.context)
+    every = batch * counts.all
     # x, img and txt that became it, normed, q k v, attention; up; both in one, and GELU by itself
     # where its kernel does not write into that
     single = every * ((1 + 1 + 1 + 3 + 1) * D + M + (D + M) + M)
     # img and txt, normed, q k v, rotated q k, joint q k v, attention
     joint = every * (1 + 1 + 3 + 2 + 3 + 1) * D
-    # img and txt old and new, attention; of the image normed, out; up, gelu
-    double = max(joint, every * (2 + 1) * D + image * (2 * D + 2 * M))
+    # img and txt old and new, attention, normed, out; up, gelu
+    double = max(joint, every * ((2 + 1 + 1 + 1) * D + 2 * M))
     blocks = max(single if c.depth_single_blocks else 0, double if c.depth else 0) * e
     sixteenths = {"fp8": 16, "nvfp4": 9}.get(precision, 0)
     cast = every * (D + M) * sixteenths // 16  # linear2's input, quantised

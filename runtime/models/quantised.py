@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...kernels import KernelSet
+from ...kernels.linear_fp8 import Fp8Product
 from ...kernels.nvfp4 import BLOCK, E2M1_MAX, E4M3_MAX, NvFp4, pack
 from ...kernels.quantize import FP8, FP8_MAX, TINY, Rows, quantize_rows_ref
 
@@ -55,7 +56,10 @@ class QuantisedLinear(nn.Module, ABC):
         """``[B, tokens, rows]``, with the bias, in the type of ``x`` or, for Rows, the bias."""
 
     def forward(self, x: Tensor | Rows) -> Tensor | tuple[Tensor, ...]:
-        out = self.product(x, slice(0, self.out_features))
+        return self.parted(self.product(x, slice(0, self.out_features)))
+
+    def parted(self, out: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """A product of all rows by projections."""
         return out if self.widths is None else tuple(out.split(list(self.widths), dim=-1))
 
     def part(self, x: Tensor | Rows, start: int, stop: int) -> tuple[Tensor, ...]:
@@ -94,17 +98,20 @@ class Fp8Linear(QuantisedLinear):
         self.takes_rows = bias and not static  # the bias has the result's type
 
     def product(self, x: Tensor | Rows, rows: slice) -> Tensor:
-        weight, weight_scale = self.weight[None, rows], self.weight_scale[None, rows]
+        (out,) = self.kernels.linear_fp8([self.operands(x, rows)])
+        return out
+
+    def operands(self, x: Tensor | Rows, rows: slice) -> Fp8Product:
+        """``x``, quantised where it is not yet, and some rows of the weight."""
+        weight, weight_scale = self.weight[rows], self.weight_scale[rows]
         if isinstance(x, Rows):
             assert self.bias is not None
-            return self.kernels.linear_fp8(*x, weight, weight_scale, self.bias[None, rows])
+            return Fp8Product(*x, weight, weight_scale, self.bias[rows])
         if self.input_scale is None:
-            quantised, scale = self.kernels.quantize_rows(x)
+            quantised = self.kernels.quantize_rows(x)
         else:
-            quantised = (x.float() / self.input_scale).clamp(-FP8_MAX, FP8_MAX).to(FP8)
-            scale = self.input_scale.view(1, 1, 1)
-        bias = self.rows_of_bias(rows, x)[None]
-        return self.kernels.linear_fp8(quantised, scale, weight, weight_scale, bias)
+            quantised = self.kernels.quantize_tensor(x, self.input_scale)
+        return Fp8Product(*quantised, weight, weight_scale, self.rows_of_bias(rows, x))
 
 
 class Fp8WeightLinear(QuantisedLinear):
@@ -162,6 +169,16 @@ class NvFp4Linear(QuantisedLinear):
         if self.input_scale is None:
             return self.kernels.linear_w4a16(x, weight, bias)
         return self.kernels.linear_w4a4(x, self.input_scale, weight, bias)
+
+
+def side_by_side(layers: Sequence[Any], inputs: Sequence[Tensor | Rows]) -> tuple[Any, ...]:
+    """What layers of equal shape make of an input each; those in FP8 as one product."""
+    pairs = list(zip(layers, inputs, strict=True))
+    if not all(isinstance(layer, Fp8Linear) for layer in layers):
+        return tuple(layer(x) for layer, x in pairs)
+    rows = slice(0, layers[0].out_features)
+    outs = layers[0].kernels.linear_fp8([layer.operands(x, rows) for layer, x in pairs])
+    return tuple(layer.parted(out) for layer, out in zip(layers, outs, strict=True))
 
 
 def stand_in(

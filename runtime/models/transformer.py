@@ -5,7 +5,6 @@ the channels of a head; S text tokens, T target tokens, C context tokens.
 """
 
 import math
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,8 +14,9 @@ from torch.nn import functional as F
 
 from ...kernels import Before, KernelSet, Stream
 from ...kernels.norm_rope import rope_table
-from ...kernels.quantize import Rows, tokens_of
+from ...kernels.quantize import tokens_of
 from ..config import TransformerConfig
+from .quantised import side_by_side
 
 _TIME_CHANNELS = 256
 _MAX_PERIOD = 10_000.0
@@ -109,33 +109,39 @@ class DoubleStreamBlock(nn.Module):
         self.kernels = kernels
         self.img_mod = Modulation(D, 6)
         self.img_attn = SelfAttention(config)
-        self.img_mlp = FeedForward(D, config.mlp_hidden, kernels)
+        self.img_mlp = feed_forward(D, config.mlp_hidden)
         self.txt_mod = Modulation(D, 6)
         self.txt_attn = SelfAttention(config)
-        self.txt_mlp = FeedForward(D, config.mlp_hidden, kernels)
+        self.txt_mlp = feed_forward(D, config.mlp_hidden)
 
     def forward(
         self, img: Tensor, txt: Tensor, rows: Sequence[Tensor], rope: Tensor
     ) -> tuple[Tensor, Tensor]:
         """``img [B, T + C, D]``, ``txt [B, S, D]``; rows: twice shift, scale, gate, img first."""
         ops, before, text_tokens = self.kernels, self.kernels.before, txt.shape[1]
-        img_mlp, txt_mlp = before(self.img_mlp[0]), before(self.txt_mlp[0])
+        img_up, txt_up = before(self.img_mlp["0"]), before(self.txt_mlp["0"])
+        img_down, txt_down = before(self.img_mlp["2"]), before(self.txt_mlp["2"])
         img_shift, img_scale, img_gate, img_shift2, img_scale2, img_gate2 = rows[:6]
         txt_shift, txt_scale, txt_gate, txt_shift2, txt_scale2, txt_gate2 = rows[6:]
 
         img_normed = before(self.img_attn.qkv).modulate(img, img_shift, img_scale)
         txt_normed = before(self.txt_attn.qkv).modulate(txt, txt_shift, txt_scale)
-        attended = ops.attend(
-            ops, (self.txt_attn(txt_normed), self.img_attn(img_normed)), rope, rope
-        )
-        txt_att, img_att = attended.tensor_split([text_tokens], dim=1)
+        txt_qkv, img_qkv = self.side_by_side("attn.qkv", txt_normed, img_normed)
+        streams = self.txt_attn.stream(*txt_qkv), self.img_attn.stream(*img_qkv)
+        attended = ops.attend(ops, streams, rope, rope).tensor_split([text_tokens], dim=1)
+        txt_y, img_y = self.side_by_side("attn.proj", *attended)
 
-        img_att, txt_att = self.img_attn.proj(img_att), self.txt_attn.proj(txt_att)
-        img, normed = img_mlp.residual_modulate(img, img_gate, img_att, img_shift2, img_scale2)
-        img = ops.gate_residual(img, img_gate2, self.img_mlp(normed))
-        txt, normed = txt_mlp.residual_modulate(txt, txt_gate, txt_att, txt_shift2, txt_scale2)
-        txt = ops.gate_residual(txt, txt_gate2, self.txt_mlp(normed))
-        return img, txt
+        img, img_normed = img_up.residual_modulate(img, img_gate, img_y, img_shift2, img_scale2)
+        txt, txt_normed = txt_up.residual_modulate(txt, txt_gate, txt_y, txt_shift2, txt_scale2)
+        txt_y, img_y = self.side_by_side("mlp.0", txt_normed, img_normed)
+        txt_y, img_y = self.side_by_side("mlp.2", txt_down.gelu(txt_y), img_down.gelu(img_y))
+        return ops.gate_residual(img, img_gate2, img_y), ops.gate_residual(txt, txt_gate2, txt_y)
+
+    def side_by_side(self, layer: str, txt: Any, img: Any) -> tuple[Any, Any]:
+        """What the layer of that name makes of each stream."""
+        layers = [self.get_submodule(f"{stream}_{layer}") for stream in ("txt", "img")]
+        txt_out, img_out = side_by_side(layers, (txt, img))
+        return txt_out, img_out
 
 
 class SingleStreamBlock(nn.Module):
@@ -181,7 +187,7 @@ class SingleStreamBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Queries, keys and values of one stream; the joint attention is the block's."""
+    """What one stream has for attention; the block runs it, with that of the other stream."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -191,9 +197,8 @@ class SelfAttention(nn.Module):
         self.norm = QKNorm(config.head_dim)
         self.proj = nn.Linear(D, D)
 
-    def forward(self, x: Tensor | Rows) -> Stream:
-        """What ``x [B, tokens, D]`` brings to attention."""
-        q, k, v = self.qkv(x)
+    def stream(self, q: Tensor, k: Tensor, v: Tensor) -> Stream:
+        """What projections ``[B, tokens, D]`` bring to attention."""
         return self.norm.stream(q, k, v, self.num_heads)
 
 
@@ -271,18 +276,9 @@ class RMSScale(nn.Module):
         self.scale = nn.Parameter(torch.ones(dim))
 
 
-class FeedForward(nn.Sequential):
-    """That of one stream; its layers are called 0 and 2, as in the checkpoint."""
-
-    def __init__(self, dim: int, hidden: int, kernels: KernelSet) -> None:
-        layers = {"0": nn.Linear(dim, hidden), "2": nn.Linear(hidden, dim)}
-        super().__init__(OrderedDict(layers))
-        self.kernels = kernels
-
-    def forward(self, x: Tensor | Rows) -> Tensor:
-        up, down = self
-        out: Tensor = down(self.kernels.before(down).gelu(up(x)))
-        return out
+def feed_forward(dim: int, hidden: int) -> nn.ModuleDict:
+    """The layers of one stream, called 0 and 2 as in the checkpoint; GELU is between them."""
+    return nn.ModuleDict({"0": nn.Linear(dim, hidden), "2": nn.Linear(hidden, dim)})
 
 
 def sinusoid(x: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def run_ours(pipe: KontextPipeline, **call: Any) -> Trace:
         latents[:] = [tensors["latents"]]
 
     flux = pipe.backend._flux  # type: ignore[attr-defined]
-    with first_output(flux) as velocity, first_output(flux.double_blocks[0].img_mlp) as ff:
+    with first_output(flux) as velocity, first_output(flux.double_blocks[0].img_mlp["2"]) as ff:
         result = pipe(
             **{"auto_resize": False, "num_inference_steps": 3, "output_type": "np", **call},
             callback_on_step_end=keep,

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fluxkontext.kernels import (
     attend,
@@ -37,7 +38,7 @@ def ops(device: torch.device) -> dict[str, tuple[Op, tuple[Any, ...]]]:
     scales = randn(1, 2, 64)
     rope = rope_table(torch.arange(9, device=device)[:, None].expand(-1, 3), (16, 24, 24), 1e4)
     x8, x_scale = quantize.quantize_rows_ref(x)
-    w8, w_scale = quantize.quantize_rows_ref(randn(1, 24, 64))
+    w8, w_scale = quantize.quantize_rows_ref(randn(24, 64))
     w4, bias = pack(randn(24, 64)), randn(24)
     image = randn(1, 16, 3, 5).to(memory_format=torch.channels_last)
     affine = randn(16)
@@ -64,6 +65,8 @@ def ops(device: torch.device) -> dict[str, tuple[Op, tuple[Any, ...]]]:
     }
     if chip_of(device).fp8:
         found["quantize_rows"] = (quantize._quantize_rows, (x,))
+        one = torch.tensor(0.01, device=device)
+        found["quantize_tensor"] = (quantize._quantize_tensor, (x, one))
         found["modulate_rows"] = (modulate._modulate_rows, (x, vector, vector))
         residual = (x, vector, x, vector, vector)
         found["residual_modulate_rows"] = (modulate._residual_modulate_rows, residual)
@@ -71,8 +74,8 @@ def ops(device: torch.device) -> dict[str, tuple[Op, tuple[Any, ...]]]:
         found["gelu_beside_rows"] = (gelu._gelu_beside_rows, (x[..., :16], x))
         cut = (q[:, 5:], k, v, scales, 0, rope[5:], rope)
         found["attend_fp8"] = (attend._attend_fp8, cut)
-        arguments = (x8, x_scale, w8, w_scale.squeeze(-1), bias[None], 0)
-        found["linear_fp8"] = (linear_fp8._linear_fp8, arguments)
+        product = ([x8], [x_scale], [w8], [w_scale.squeeze(-1)], [bias])
+        found["linear_fp8"] = (linear_fp8._linear_fp8, tuple(2 * it for it in product))
     if chip_of(device).fp4:
         scale = torch.tensor(0.01, device=device)
         w4a4 = (x, scale, w4.packed, w4.block_scale, w4.scale, bias)
@@ -82,7 +85,7 @@ def ops(device: torch.device) -> dict[str, tuple[Op, tuple[Any, ...]]]:
 
 def test_ops_are_what_they_say(device: torch.device) -> None:
     for name, (op, arguments) in ops(device).items():
-        tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+        tensors = [it for it in tree_leaves(arguments) if isinstance(it, Tensor)]
         # torch's own check of a schema compares its arguments, which it cannot in FP8.
         plain = all(tensor.itemsize > 1 for tensor in tensors)
         checks = ("test_schema", "test_faketensor") if plain else ("test_faketensor",)

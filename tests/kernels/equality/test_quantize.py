@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from fluxkontext.kernels.gelu import gelu, gelu_beside, gelu_beside_ref, gelu_ref, launch_gelu
-from fluxkontext.kernels.quantize import FP8, launch_quantize_rows, quantize_rows, quantize_rows_ref
+from fluxkontext.kernels.quantize import (
+    FP8,
+    launch_quantize_rows,
+    quantize_rows,
+    quantize_rows_ref,
+    quantize_tensor,
+    quantize_tensor_ref,
+)
 
 from ..house_rule import DTYPES, check, compare
 
@@ -35,6 +42,19 @@ def test_quantize_rows(shape: tuple[int, ...], dtype: torch.dtype, device: torch
     (q, scale), (q_ref, scale_ref) = quantize_rows(x), quantize_rows_ref(x)
     torch.testing.assert_close(scale, scale_ref)
     compare(q.float() * scale, q_ref.float() * scale_ref, x.double())
+
+
+@pytest.mark.usefixtures("_fp8")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_quantize_tensor(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Number by number as the reference, which graphs equal; the largest are beyond the range."""
+    wide = 3 * torch.randn(*shape[:-1], shape[-1] + 16).to(device, dtype)
+    x, scale = wide[..., : shape[-1]], torch.tensor(0.02, device=device)
+    (q, one), (q_ref, one_ref) = quantize_tensor(x, scale), quantize_tensor_ref(x, scale)
+    assert torch.equal(q.float(), q_ref.float())
+    assert q.float().abs().max() == 448 or x.abs().max() < 448 * 0.02
+    assert torch.equal(one, one_ref)
 
 
 @pytest.mark.usefixtures("_fp8")

@@ -1,6 +1,8 @@
 """Each module against the product that its format stands for, in float64, written anew with numpy
 and ml_dtypes; and what rounding its inputs may cost at most."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 
 import ml_dtypes
@@ -12,12 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fluxkontext.kernels import reference
+from fluxkontext.kernels.linear_fp8 import Fp8Product, linear_fp8_ref
 from fluxkontext.kernels.quantize import quantize_rows_ref, tokens_of
 from fluxkontext.runtime.models.quantised import (
     QuantisedLinear,
     QuantisedWeight,
     input_scale,
     quantise,
+    side_by_side,
     stand_in,
 )
 from fluxkontext.runtime.models.transformer import FusedLinear
@@ -265,3 +269,30 @@ def test_rows_that_come_quantised_give_the_same_bits(dtype: torch.dtype) -> None
     assert torch.equal(part, same)
     kept = tokens_of(rows, slice(2, 5))
     torch.testing.assert_close(module.part(kept, 1, 2)[0], part[:, 2:5])
+
+
+@pytest.mark.parametrize("takes", ["dynamic", "static"])
+def test_two_fp8_layers_are_one_product(takes: str) -> None:
+    counts: list[int] = []
+
+    def counting(products: Sequence[Fp8Product]) -> list[Tensor]:
+        counts.append(len(products))
+        return linear_fp8_ref(products)
+
+    x, y = inputs_of(), inputs_of()[:, :3]
+    first, second = (quantised("fp8", takes, layer(fused=True)) for _ in range(2))
+    second.weight_scale.mul_(2)
+    expected = first(x), second(y)
+    first.kernels = replace(OPS, linear_fp8=counting)
+    for found, wanted in zip(side_by_side((first, second), (x, y)), expected, strict=True):
+        assert [it.shape for it in found] == [it.shape for it in wanted]
+        assert all(map(torch.equal, found, wanted))
+    assert counts == [2]
+
+
+def test_an_fp8_layer_beside_another_runs_by_itself() -> None:
+    plain, x = layer(), inputs_of()
+    beside = quantised("fp8", "dynamic", plain)
+    found = side_by_side((plain, beside), (x, x[:, :2]))
+    assert torch.equal(found[0], plain(x))
+    assert torch.equal(found[1], beside(x[:, :2]))
