@@ -22,10 +22,14 @@ test:
 # On a machine with a GPU: whether everything is right there, then how fast; documents go to $(OUT).
 # What fails does not keep the rest from running.
 OUT ?= build/gpu
+# Without torch's pools, which would hide that a kernel reads beyond its tensors.
+SANITIZED = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 $(RUN) pytest \
+	-m "gpu and not large"
 BENCH = $(PYTHON) -P -m fluxkontext.runtime.cli bench
 gpu:
 	mkdir -p $(OUT)
 	-$(RUN) pytest -m gpu | tee $(OUT)/tests.txt
+	-$(SANITIZED) tests/kernels | tee $(OUT)/sanitizer.txt
 	-$(BENCH) quality --backend native --precision fp32,bf16,fp8,nvfp4 --steps 8 --samples 134 \
 		--chains 0 --batch 64 --out $(OUT)/quality
 	-$(BENCH) kernels --out $(OUT)/kernels.json
