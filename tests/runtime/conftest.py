@@ -1,13 +1,19 @@
-"""Checkpoints that diffusers and transformers made, and both pipelines on them."""
+"""Models that several files test, pipelines on them, and a command; peers are diffusers' own."""
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from fluxkontext.runtime import KontextPipeline
 
 from . import peers
+from .edits import EDIT, waiting
 
 
 @pytest.fixture(scope="session")
@@ -58,6 +64,73 @@ def native_pipe(native_hub: Path) -> KontextPipeline:
 def native_peer(native_hub: Path) -> Any:
     """diffusers' on ``native_hub``, fp32."""
     return load_peer(native_hub)
+
+
+@pytest.fixture(scope="module")
+def small_pipe(small_model: Path) -> Iterator[KontextPipeline]:
+    """Ours on ``small_model``, for one file, with its memos."""
+    with KontextPipeline.from_pretrained(small_model) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def usual(small_pipe: KontextPipeline) -> Any:
+    """What ``EDIT`` gives on ``small_pipe``."""
+    return small_pipe(**EDIT).images
+
+
+@pytest.fixture
+def still_works(small_pipe: KontextPipeline, usual: Any) -> Iterator[None]:
+    """After the test ``small_pipe`` gives what it gave before, and nobody waits in it."""
+    yield
+    np.testing.assert_array_equal(small_pipe(**EDIT).images, usual)
+    assert waiting(small_pipe) == 0
+
+
+@pytest.fixture(scope="session")
+def bf16_model(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smallest model in BF16, as the real one is published."""
+    folder = Path(shutil.copytree(small_model, tmp_path_factory.mktemp("bf16") / "model"))
+    for file in folder.rglob("*.safetensors"):
+        rounded = {name: tensor.bfloat16() for name, tensor in load_file(file).items()}
+        save_file(rounded, file, {"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def recipes(bf16_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Recipe -> the smallest model quantised by it."""
+    from fluxkontext.export.calibrate import SCENE, calibrate
+    from fluxkontext.export.quantize import write_quantised
+    from fluxkontext.runtime.checkpoint import find
+    from fluxkontext.runtime.recipes import RECIPES
+
+    folder = tmp_path_factory.mktemp("quantised")
+    with KontextPipeline.from_pretrained(bf16_model, device="cpu") as pipe:
+        found = calibrate(pipe, [SCENE], ["make it red"], steps=2, size=(64, 64))
+    found.write(folder / "calibration.json")
+    made = {}
+    for name, recipe in RECIPES.items():
+        made[name] = folder / name
+        file = folder / "calibration.json" if recipe.static else None
+        write_quantised(find(bf16_model, {}), made[name], recipe.precision, name, file)
+    return made
+
+
+@pytest.fixture(scope="session")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A picture of 70x40 random colours."""
+    file = tmp_path_factory.mktemp("pictures") / "scene.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 70, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file)
+    return file
+
+
+@pytest.fixture
+def edit(scene: Path, small_model: Path, tmp_path: Path) -> list[object]:
+    """A whole command that writes ``out.png``; options that follow win."""
+    return ["edit", scene, "-p", "make it red", "-o", tmp_path / "out.png",
+            "--model", small_model, "--steps", 2, "--seed", 7]  # fmt: skip
 
 
 def load_peer(folder: Path, **options: Any) -> Any:

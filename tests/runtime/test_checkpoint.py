@@ -1,24 +1,19 @@
-"""Checkpoints that are incomplete, damaged or of something else, and what loading one costs."""
+"""Checkpoints that are incomplete, damaged or of something else."""
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from fluxkontext.bench.synthetic import TINY, write_checkpoint
 from fluxkontext.kernels import reference
 from fluxkontext.runtime import CheckpointError, KontextPipeline
 from fluxkontext.runtime.checkpoint import KINDS, PARTS, find, open_component
@@ -29,6 +24,8 @@ from fluxkontext.runtime.models.t5 import T5Encoder
 from fluxkontext.runtime.models.transformer import Flux
 from fluxkontext.runtime.models.vae import Vae
 from fluxkontext.runtime.schedule import SchedulerConfig
+
+from .problems import problem_of
 
 OPS = reference()
 
@@ -51,13 +48,6 @@ def single_file(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def change(file: Path, **values: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
-
-
-def problem_of(call: Callable[[], object]) -> str:
-    with pytest.raises(CheckpointError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # what is not there
@@ -373,151 +363,3 @@ def test_any_json_in_a_tokenizer_config(
         return
     assert len(tokenizer("make it red")) == tokenizer.model_max_length
     shutil.rmtree(folder)
-
-
-# hub ids
-
-
-def hub(tmp_path: Path, source: Path, repo: str = "black-forest-labs/FLUX.1-Kontext-dev") -> Path:
-    """A cache as the hub's library lays it out: files are links to blobs."""
-    folder = tmp_path / "home" / "hub" / f"models--{repo.replace('/', '--')}"
-    revision = "0123456789abcdef0123456789abcdef01234567"
-    snapshot, blobs = folder / "snapshots" / revision, folder / "blobs"
-    blobs.mkdir(parents=True)
-    (folder / "refs").mkdir()
-    (folder / "refs" / "main").write_text(revision)
-    for i, file in enumerate(path for path in source.rglob("*") if path.is_file()):
-        (blobs / f"{i:064x}").write_bytes(file.read_bytes())
-        link = snapshot / file.relative_to(source)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(os.path.relpath(blobs / f"{i:064x}", link.parent))
-    return folder
-
-
-def test_a_hub_id_in_the_cache(
-    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hub(tmp_path, small_model)
-    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    repo = "black-forest-labs/FLUX.1-Kontext-dev"
-    with KontextPipeline.from_pretrained(repo) as pipe:
-        assert pipe.name == repo
-        assert pipe(prompt="", num_inference_steps=1, seed=0).settings[0]["model"] == repo
-    monkeypatch.delenv("HF_HOME")
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
-    KontextPipeline.from_pretrained(repo).close()
-
-
-@pytest.mark.parametrize("broken", ["nothing", "empty", "no ref", "ref to nothing"])
-def test_a_hub_id_that_is_not_in_the_cache(
-    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
-) -> None:
-    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    if broken != "nothing":
-        folder = hub(tmp_path, small_model / "tokenizer")
-        if broken == "no ref":
-            (folder / "refs" / "main").unlink()
-        elif broken == "ref to nothing":
-            (folder / "refs" / "main").write_text("f" * 40)
-        else:
-            shutil.rmtree(folder)
-            folder.mkdir()
-    repo = "black-forest-labs/FLUX.1-Kontext-dev"
-    problem = problem_of(lambda: KontextPipeline.from_pretrained(repo))
-    assert problem == (
-        f"{repo}: expected a path or a model in the local cache {tmp_path / 'home' / 'hub'}, found "
-        f"neither; accept its licence at https://huggingface.co/{repo} and run: hf download {repo}"
-    )
-
-
-def test_a_half_downloaded_snapshot(
-    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = hub(tmp_path, small_model)
-    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    weights = next(folder.glob("snapshots/*/vae/*.safetensors"))
-    os.remove(weights.resolve())  # the link hangs
-    problem = problem_of(
-        lambda: KontextPipeline.from_pretrained("black-forest-labs/FLUX.1-Kontext-dev")
-    )
-    assert "vae" in problem
-
-
-# what loading costs
-
-
-class Flat:
-    """Stands in for a random generator: values do not matter to memory, and take time to draw."""
-
-    @staticmethod
-    def standard_normal(shape: tuple[int, ...]) -> Any:
-        return np.full(shape, 0.5, np.float32)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_loading_never_holds_two_copies(
-    small_model: Path,
-    tmp_path: Path,
-    namespace_env: dict[str, str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The process's own memory, which the mapped file is not part of, sampled while it loads."""
-    wide = replace(
-        TINY.transformer,
-        hidden_size=1024,
-        num_heads=8,
-        depth=1,
-        depth_single_blocks=1,
-        mlp_hidden=4096,
-    )
-    with monkeypatch.context() as patch:
-        patch.setattr(np.random, "default_rng", lambda seed: Flat())
-        write_checkpoint(tmp_path / "wide", replace(TINY, transformer=wide))
-    code = """
-import sys, threading, time
-from pathlib import Path
-import torch
-from fluxkontext.kernels import reference
-from fluxkontext.runtime.checkpoint import open_component
-from fluxkontext.runtime.loading import load
-from fluxkontext.runtime.models.transformer import Flux
-
-def anonymous():
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
-
-def load_from(folder, dtype):
-    component = open_component("transformer", Path(folder, "transformer"))
-    return load(component, lambda c: Flux(c, reference()), torch.device("cpu"), dtype)
-
-load_from(sys.argv[1], torch.bfloat16)
-before, peak, done = anonymous(), 0, threading.Event()
-def watch():
-    global peak
-    while not done.is_set():
-        peak = max(peak, anonymous())
-        time.sleep(0.001)
-thread = threading.Thread(target=watch)
-thread.start()
-module = load_from("wide", getattr(torch, sys.argv[2]))
-done.set()
-thread.join()
-print(sum(t.numel() * t.element_size() for t in module.state_dict().values()))
-print(max(peak, anonymous()) - before)
-"""
-    for dtype in ("float32", "bfloat16"):
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(small_model), dtype],
-            env=namespace_env,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        size, grown = map(int, done.stdout.split())
-        assert size > (200e6 if dtype == "float32" else 100e6)
-        assert 0.9 * size < grown < 1.3 * size

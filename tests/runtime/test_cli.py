@@ -4,15 +4,9 @@ import importlib.metadata
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -20,6 +14,8 @@ from safetensors.torch import save_file
 
 from fluxkontext.runtime import __version__
 from fluxkontext.runtime.cli import main
+
+from .commands import assert_error, command
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -37,45 +33,6 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
         return code, *capsys.readouterr()
 
     return run_main
-
-
-@pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("pictures") / "scene.png"
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 70, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(file)
-    return file
-
-
-@pytest.fixture
-def edit(scene: Path, small_model: Path, tmp_path: Path) -> list[object]:
-    """A whole command that writes ``out.png``; options that follow win."""
-    return ["edit", scene, "-p", "make it red", "-o", tmp_path / "out.png",
-            "--model", small_model, "--steps", 2, "--seed", 7]  # fmt: skip
-
-
-def assert_error(outcome: tuple[int, str, str], code: int, *parts: str) -> None:
-    """The exit code, nothing on stdout, one line on stderr that says it."""
-    found, out, err = outcome
-    assert (found, out) == (code, ""), err
-    assert err.startswith("fluxkontext: ")
-    assert err.count("\n") == 1
-    assert err.endswith("\n")
-    assert "Traceback" not in err
-    for part in parts:
-        assert part in err
-
-
-def command(arguments: list[object], env: dict[str, str], cwd: Path, **options: Any) -> Any:
-    return subprocess.run(
-        [sys.executable, "-m", "fluxkontext.runtime.cli", *map(str, arguments)],
-        env=env,
-        cwd=cwd,
-        text=True,
-        check=False,
-        timeout=120,
-        **{"capture_output": True} | options,
-    )
 
 
 # what works
@@ -425,112 +382,3 @@ def test_debug_shows_where_and_keeps_the_code(
     assert done.returncode == 3
     assert "Traceback" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("fluxkontext: no model: expected")
-
-
-# as a process of its own
-
-
-def test_an_edit_as_a_process(
-    edit: list[object], namespace_env: dict[str, str], tmp_path: Path
-) -> None:
-    """A terminal's bar aside, stderr stays empty."""
-    done = command([*edit, "-o", "out.jpg"], namespace_env, tmp_path)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "out.jpg (80x48, seed 7)\n", "")
-    assert [path.name for path in tmp_path.iterdir()] == ["out.jpg"]
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_stdout_that_cannot_be_written(namespace_env: dict[str, str], tmp_path: Path) -> None:
-    with open("/dev/full", "w") as full:
-        done = command(
-            ["doctor"], namespace_env, tmp_path, capture_output=False, stdout=full,
-            stderr=subprocess.PIPE,
-        )  # fmt: skip
-    assert done.returncode == 1
-    assert done.stderr.count("\n") == 1
-    assert "No space left" in done.stderr
-
-
-def test_a_reader_that_has_gone(namespace_env: dict[str, str], tmp_path: Path) -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
-    try:
-        done = command(
-            ["doctor"], namespace_env, tmp_path, capture_output=False, stdout=writer,
-            stderr=subprocess.PIPE,
-        )  # fmt: skip
-    finally:
-        os.close(writer)
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-RUN_HOOKED = """
-import sys
-from pathlib import Path
-from fluxkontext.runtime.backends.native import NativeBackend
-from fluxkontext.runtime.cli import main
-real = NativeBackend.step
-def step(self, state, i):
-    real(self, state, i)
-    {hook}
-NativeBackend.step = step
-sys.exit(main(sys.argv[1:]))
-"""
-"""The command, with something to do after each step."""
-
-
-@pytest.mark.skipif(os.name != "posix", reason="sends a signal")
-@pytest.mark.parametrize("before", [None, b"an older picture"])
-def test_interrupted_in_mid_run(
-    edit: list[object], namespace_env: dict[str, str], tmp_path: Path, before: bytes | None
-) -> None:
-    output, mark = tmp_path / "out.png", tmp_path / "stepped"
-    if before:
-        output.write_bytes(before)
-    code = RUN_HOOKED.format(hook="Path('stepped').touch()")
-    arguments = [*edit, "--steps", 10_000]
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env=namespace_env,
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        end = time.monotonic() + 60
-        while not mark.exists():
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < end
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-        process.wait()
-    assert (process.returncode, out, err) == (130, "", "fluxkontext: interrupted\n")
-    mark.unlink()
-    assert [path.name for path in tmp_path.iterdir()] == (["out.png"] if before else [])
-    assert not before or output.read_bytes() == before
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
-def test_out_of_memory_in_mid_run(
-    edit: list[object], namespace_env: dict[str, str], tmp_path: Path
-) -> None:
-    """After the first step the process may grow no more, and the decoder's tiles do not fit."""
-    code = "import resource\n" + RUN_HOOKED.format(
-        hook="resource.setrlimit(resource.RLIMIT_AS, (int(Path('/proc/self/statm').read_text()"
-        ".split()[0]) * resource.getpagesize(), resource.RLIM_INFINITY))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, [*edit, "--size", "1024x1024", "--steps", 1])],
-        env=namespace_env | {"OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert_error((done.returncode, done.stdout, done.stderr), 5, "expected enough memory")
-    assert list(tmp_path.iterdir()) == []
