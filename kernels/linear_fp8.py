@@ -200,10 +200,9 @@ def launch_linear_fp8(outs: Sequence[Tensor], products: Sequence[Fp8Product], ch
         "w_scale_row": 0 if len(products[0].w_scale) == 1 else 1,
         "K": width, "M": c.rows, "N": c.columns, "DEPTH": c.depth, "STAGES": c.stages,
     }  # fmt: skip
-    for number in ("", "2"):
-        given = number == "" or len(products) == 2
-        named = _operands(outs[-1 if number else 0], products[-1 if number else 0], c, chip)
-        args |= {name.format(number): it if given else None for name, it in named.items()}
+    args |= _operands("", outs[0], products[0], c, chip)
+    second = _operands("2", outs[-1], products[-1], c, chip)
+    args |= second if len(products) == 2 else dict.fromkeys(second)
     tiles = sum(triton.cdiv(count, c.rows) for count in counts)
     tiles *= triton.cdiv(columns, c.columns) * batch
     if not chip.tma:
@@ -213,25 +212,33 @@ def launch_linear_fp8(outs: Sequence[Tensor], products: Sequence[Fp8Product], ch
     return Launch(_linear_tma_kernel, grid, args, c.warps, c.stages)
 
 
-def _operands(out: Tensor, product: Fp8Product, c: Config, chip: Chip) -> dict[str, Any]:
-    """A product's arguments by name, ``{}`` where its number goes."""
+def _operands(
+    number: str, out: Tensor, product: Fp8Product, c: Config, chip: Chip
+) -> dict[str, Any]:
+    """Arguments of the product of that number."""
     x, x_scale, weight, w_scale, bias = product
     args = {
-        "x_scale{}_ptr": x_scale, "w_scale{}_ptr": w_scale, "bias{}_ptr": bias,
-        "x_scale{}_batch": 0 if len(x_scale) == 1 else x_scale.stride(0),
-        "x_scale{}_row": 0 if x_scale.shape[1] == 1 else x_scale.stride(1),
-    }  # fmt: skip
+        f"x_scale{number}_ptr": x_scale,
+        f"w_scale{number}_ptr": w_scale,
+        f"bias{number}_ptr": bias,
+        f"x_scale{number}_batch": 0 if len(x_scale) == 1 else x_scale.stride(0),
+        f"x_scale{number}_row": 0 if x_scale.shape[1] == 1 else x_scale.stride(1),
+    }
     if chip.tma:
         return args | {
-            "x{}_desc": _descriptor(x, 1, c.rows, c.depth),
-            "w{}_desc": _descriptor(weight, c.columns, c.depth),
-            "out{}_desc": _descriptor(out, 1, c.rows, c.columns),
+            f"x{number}_desc": _descriptor(x, 1, c.rows, c.depth),
+            f"w{number}_desc": _descriptor(weight, c.columns, c.depth),
+            f"out{number}_desc": _descriptor(out, 1, c.rows, c.columns),
         }
     return args | {
-        "x{}_ptr": x, "w{}_ptr": weight, "out{}_ptr": out,
-        "x{}_batch": x.stride(0), "x{}_row": x.stride(1),
-        "out{}_batch": out.stride(0), "out{}_row": out.stride(1),
-    }  # fmt: skip
+        f"x{number}_ptr": x,
+        f"w{number}_ptr": weight,
+        f"out{number}_ptr": out,
+        f"x{number}_batch": x.stride(0),
+        f"x{number}_row": x.stride(1),
+        f"out{number}_batch": out.stride(0),
+        f"out{number}_row": out.stride(1),
+    }
 
 
 def _descriptor(x: Tensor, *block: int) -> TensorDescriptor:
