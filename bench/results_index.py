@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -143,28 +144,72 @@ def generated(folder: Path, readme: Path) -> dict[Path, str]:
 
 def performance(documents: Documents) -> list[str]:
     """Of the README: the figures to quote from every document."""
-    if not documents:
-        return ["No figure is committed yet, so none is claimed."]
-    rows = []
+    lines = []
     for path, document in documents.items():
-        if document["benchmark"] == "kernels":  # none of them stands for an edit
-            continue
-        where = [device(document), shlex.join(document["command"]), commit(document)[:12], path]
-        if not document["comparisons"] and (row := quoted(document)) is not None:
-            rows.append([row["name"], *_latency(row), *where])
-        for pair in document["comparisons"]:
-            low, high = pair["interval"]
-            ratio = f"{times(pair['ratio'])} ({low:.2f} to {high:.2f})"
-            count = _count(document, pair["base"], pair["what"])
-            rows.append([f"{_versus(pair)}, {pair['what']}", ratio, "–", count, *where])
-    columns = ["What", "Median", "p95", "Samples", "Device", "Command", "Commit", "Document"]
-    links = [[*cells[:-1], f"bench/results/{cells[-1]}"] for cells in rows]
+        if document["benchmark"] != "kernels":  # none of them stands for an edit
+            lines += _quoted(path, document)
+    if not lines:
+        return ["No figure is committed yet, so none is claimed."]
     return [
-        *table_lines(Table("", columns, links, words=frozenset({4, 5, 6, 7}))),
-        "",
+        *lines,
         "Ratios are of medians in interleaved runs, with their bootstrap intervals. "
         "[bench/results](bench/results/README.md) has every figure, and what was not measured.",
     ]
+
+
+def _quoted(path: str, document: Json) -> list[str]:
+    """What ours is compared with in a document, or its result to quote; and where it is from."""
+    rows = {row["name"]: row for row in measured(document)}
+    others: dict[str, list[str]] = {}
+    for pair in document["comparisons"]:
+        if pair["other"] not in others.setdefault(pair["base"], []):
+            others[pair["base"]].append(pair["other"])
+    if not others and (alone := quoted(document)) is not None:
+        others[alone["name"]] = []
+    lines: list[str] = []
+    for base, compared in others.items():
+        names = [name for name in (base, *compared) if name in rows]
+        shared = _beginning(names)
+        cells = [[name.removeprefix(shared), *_both(document, rows[name], base)] for name in names]
+        columns = [
+            shared.removesuffix(", "),
+            *("Median", "Samples", "Ratio"),
+            *("Process start to picture", "Samples", "Ratio"),
+        ]
+        lines += ["", *table_lines(Table("", columns, cells))]
+    if lines:
+        lines += [
+            "",
+            f"{escape(device(document))}, {escape(document['model']['name'])}, "
+            f"commit {commit(document)[:12]}: `{shlex.join(document['command'])}` "
+            f"([document](bench/results/{path}))",
+            "",
+        ]
+    return lines[1:]
+
+
+def _beginning(names: Sequence[str]) -> str:
+    """The ``"..., "`` with which all of several names begin."""
+    if len(names) < 2:
+        return ""
+    columns = zip(*(name.split(", ") for name in names), strict=False)
+    return "".join(f"{same[0]}, " for same in takewhile(lambda it: len(set(it)) == 1, columns))
+
+
+def _both(document: Json, row: Json, base: str) -> list[str]:
+    """Median, samples and ratio to ``base``: of whole edits, and of whole processes."""
+    found = {"warm": row["latency"], "cold": (row["cold"] or {}).get("process_start_to_picture")}
+    cells = []
+    for what, values in found.items():
+        key = (base, row["name"], what)
+        pairs = [p for p in document["comparisons"] if (p["base"], p["other"], p["what"]) == key]
+        ratio = "–"
+        if pairs:
+            low, high = pairs[0]["interval"]
+            ratio = f"{times(pairs[0]['ratio'])} ({low:.2f} to {high:.2f})"
+        cells += [seconds(values["p50"]), str(values["count"])] if values else ["–", "–"]
+        cells.append(ratio)
+    return cells
 
 
 def index(documents: Documents) -> list[str]:
@@ -263,14 +308,6 @@ def _latency(row: Json) -> list[str]:
 def _cold(row: Json) -> str:
     found = row["cold"]
     return "–" if found is None else seconds(found["process_start_to_picture"]["p50"])
-
-
-def _count(document: Json, name: str, what: str) -> str:
-    """Samples of a result."""
-    row = next((row for row in document["results"] if row["name"] == name), None)
-    found = row and (row["cold"] or {}).get("process_start_to_picture")
-    found = found if what == "cold" else row and row["latency"]
-    return "–" if not found else str(found["count"])
 
 
 def _versus(pair: Json) -> str:
