@@ -1,11 +1,8 @@
-"""The miniature's bundle, on held-out requests: random weights in its shapes, with its tokenizers.
-
-What the trained weights add is what the pictures show; that both backends draw the same ones, and
-how long a process takes, is the same for any.
-"""
+"""The miniature that ships, a bundle: its pictures beside the native model's, and its time."""
 
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,12 +16,11 @@ from PIL import Image
 
 from fluxkontext.bench.mini.instructions import EDIT_KINDS, draw_sample
 from fluxkontext.bench.mini.scenes import render
-from fluxkontext.bench.mini.training.shipping import write_folder
-from fluxkontext.bench.mini.training.spec import MINI
-from fluxkontext.bench.synthetic import random_networks
-from fluxkontext.export.bundle import write_bundle
+from fluxkontext.export.build import Order, build
 from fluxkontext.runtime import KontextPipeline
-from fluxkontext.runtime.checkpoint import find
+from fluxkontext.runtime.bundle import open_bundle
+from fluxkontext.runtime.checkpoint import MINI_FOLDER
+from fluxkontext.runtime.contract import GRAPHS
 
 pytestmark = [
     pytest.mark.slow,
@@ -42,25 +38,6 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("miniature") / "checkpoint"
-    weights = {
-        f"{part}.{name}": tensor
-        for part, state in random_networks(MINI).items()
-        for name, tensor in state.items()
-    }
-    write_folder(folder, MINI, weights)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def bundle(checkpoint: Path) -> Path:
-    out = checkpoint.with_name("bundle")
-    write_bundle(find(checkpoint, {}), out)
-    return out
-
-
 @pytest.fixture
 def one_core() -> Iterator[None]:
     """Both backends have one thread, whatever else runs on this machine."""
@@ -73,11 +50,11 @@ def one_core() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_core")
-def test_ten_held_out_edits_are_the_native_ones(checkpoint: Path, bundle: Path) -> None:
+def test_ten_held_out_edits_are_the_native_ones() -> None:
     """Within one level of 255, and warm no slower: the fastest of each edit, in turns."""
-    onnx = KontextPipeline.from_pretrained(bundle, device="cpu")
+    onnx = KontextPipeline.from_pretrained("mini", device="cpu")
     native = KontextPipeline.from_pretrained(
-        checkpoint, backend="native", precision="fp32", device="cpu"
+        "mini", backend="native", precision="fp32", device="cpu"
     )
     assert (onnx.about["backend"], onnx.about["precision"]) == ("onnx", "fp32")
     rng = np.random.default_rng(0)
@@ -101,15 +78,13 @@ def test_ten_held_out_edits_are_the_native_ones(checkpoint: Path, bundle: Path) 
     assert np.median(ratios) <= 1
 
 
-def test_a_process_without_torch_is_quick(
-    bundle: Path, tmp_path: Path, namespace_env: dict[str, str]
-) -> None:
+def test_a_process_without_torch_is_quick(tmp_path: Path, namespace_env: dict[str, str]) -> None:
     """28 steps, process and all. Counted in processor time, which others' work does not change."""
     Image.fromarray(render(draw_sample(np.random.default_rng(0), "nothing").contexts[0])).save(
         tmp_path / "scene.png"
     )
     command = [sys.executable, "-P", "-c", WITHOUT_TORCH, "edit", "scene.png", "-p", "nothing"]
-    command += ["-o", "out.png", "--model", str(bundle), "--quiet"]
+    command += ["-o", "out.png", "--quiet"]
     spent = []
     for _ in range(2):  # the first may find files and byte code cold
         before, start = resource.getrusage(resource.RUSAGE_CHILDREN), perf_counter()
@@ -121,3 +96,17 @@ def test_a_process_without_torch_is_quick(
     with Image.open(tmp_path / "out.png") as picture:
         assert picture.size == (128, 128)
     assert min(spent) < SECONDS * CORES
+
+
+@pytest.mark.parametrize("target", ["sm_89", "sm_120"])
+def test_engines_for_gpus_that_are_not_here(target: str, tmp_path: Path) -> None:
+    """TensorRT-RTX's compiler takes every graph, for every number of contexts."""
+    pytest.importorskip("tensorrt_rtx_bindings", reason="needs the extra tensorrt-rtx")
+    root = tmp_path / "bundle"
+    shutil.copytree(MINI_FOLDER, root)
+    facts = build(None, Order(root, "tensorrt-rtx", target, ((128, 128),)), lambda _: None)
+    assert (facts["target"], facts["precision"]) == (target, "bf16")
+    manifest = open_bundle(root, "always").manifest
+    entry = manifest["engines"][facts["engines"]]
+    assert set(entry["components"]) == set(GRAPHS)
+    assert entry["qualified"] is False or entry["qualified"]["gpu"]  # False but on such a GPU
