@@ -39,8 +39,9 @@ Documents = Mapping[str, Json]
 class Goal:
     """A row of what the project set out to reach. ``source``: the document (a path below the
     folder) and the result in it that measured it, None while nothing did; ``versus``: the peer's
-    result, where the goal is a ratio; ``memory``: where it is a peak. ``pair``: in place of all
-    these, of the newest comparison on a CPU, ends of the names of its two sides, and its kind."""
+    result, where the goal is a ratio; ``memory``: where it is a peak. In place of all these
+    ``pair``: of the newest comparison on a CPU, ends of the names of its two sides, and its kind;
+    or ``score``: of the newest scores, a row of the first result, and a field."""
 
     what: str
     goal: str
@@ -49,6 +50,7 @@ class Goal:
     versus: str | None = None
     memory: bool = False
     pair: tuple[str, str, str] | None = None
+    score: tuple[str, str] | None = None
 
 
 CPU_GOALS_OF = (
@@ -70,6 +72,25 @@ CPU_GOALS = (
         pair=(", fluxkontext fp32", ", diffusers fp32", "cold"),
     ),
 )
+SCORE_GOALS_OF = (
+    "The miniature that ships: held-out requests by `fluxkontext bench quality`, 28 steps, default "
+    "settings, exact score."
+)
+SCORE_GOALS = (
+    Goal("single edits", "95%", "–", score=("single", "exact")),
+    Goal("edits with two pictures", "80%", "–", score=("two_image", "exact")),
+    Goal("text to image", "90%", "–", score=("caption", "exact")),
+    Goal("what an edit leaves alone", "32 dB", "–", score=("single", "psnr_untouched")),
+)
+PRECISION_GOALS_OF = (
+    "Its precisions on a GPU: 2010 requests in 8 steps, seeds paired with fp32's (`make gpu`); "
+    "points of the exact share that are lost."
+)
+PRECISION_GOALS = (
+    Goal("bf16", "1", "–"),
+    Goal("FP8", "1", "–"),
+    Goal("NVFP4", "3", "–"),
+)
 GOALS_OF = (
     "Full-size model with random weights on an H200: 1024² target, 1024² context and 512 text "
     "tokens (8704), 28 steps, whole edit with text encoders and VAE, medians of at least 5 rounds."
@@ -83,6 +104,12 @@ GOALS = (
     Goal("peak VRAM (NVML, process), FP8 all resident", "20 GiB", "18 GiB", memory=True),
     Goal("peak VRAM (NVML, process), FP8 all streamed", "14 GiB", "12 GiB", memory=True),
     Goal("peak VRAM (NVML, process), 4-bit storage", "9 GiB", "7.5 GiB", memory=True),
+)
+ALL_GOALS = (
+    (CPU_GOALS_OF, CPU_GOALS),
+    (SCORE_GOALS_OF, SCORE_GOALS),
+    (PRECISION_GOALS_OF, PRECISION_GOALS),
+    (GOALS_OF, GOALS),
 )
 
 
@@ -226,7 +253,7 @@ def index(documents: Documents) -> list[str]:
         "",
     ]
     columns = ["", "Goal", "Stretch", "Measured", "Document"]
-    for about, goals in ((CPU_GOALS_OF, CPU_GOALS), (GOALS_OF, GOALS)):
+    for about, goals in ALL_GOALS:
         rows = [[g.what, g.goal, g.stretch, *reached(g, documents)] for g in goals]
         lines += [about, "", *table_lines(Table("", columns, rows, words=frozenset({4}))), ""]
     lines.pop()
@@ -239,6 +266,8 @@ def reached(goal: Goal, documents: Documents) -> tuple[str, str]:
     """The figure of a goal, and its document."""
     if goal.pair is not None:
         return _newest(goal.pair, documents)
+    if goal.score is not None:
+        return _newest_score(*goal.score, documents)
     if goal.source is None:
         return NOT_MEASURED, "–"
     path, name = goal.source
@@ -265,6 +294,18 @@ def _newest(wanted: tuple[str, str, str], documents: Documents) -> tuple[str, st
     return max(found)[1:] if found else (NOT_MEASURED, "–")
 
 
+def _newest_score(row: str, field: str, documents: Documents) -> tuple[str, str]:
+    found = [
+        (document["created"], document["results"][0]["quality"][row][field], path)
+        for path, document in documents.items()
+        if document["benchmark"] == "quality" and row in document["results"][0]["quality"]
+    ]
+    if not found:
+        return NOT_MEASURED, "–"
+    _, value, path = max(found)
+    return f"{value:.1f}{'%' if field == 'exact' else ' dB'}", path
+
+
 def _document(path: str, document: Json) -> list[str]:
     """A section: what it takes to repeat the run, and every figure of it."""
     lines = [
@@ -284,7 +325,15 @@ def _document(path: str, document: Json) -> list[str]:
         if row["status"] == "skipped"
     ]
     columns = ["Result", "Median", "p95", "Samples", "Process start to picture"]
-    lines += ["", *table_lines(Table("", columns, rows))]
+    if rows:
+        lines += ["", *table_lines(Table("", columns, rows))]
+    if scored := [row for row in document["results"] if row["quality"] is not None]:
+        columns = ["Percent exact", "n", *(row["name"] for row in scored)]
+        kinds = [
+            [kind, str(first["n"]), *(f"{row['quality'][kind]['exact']:.1f}" for row in scored)]
+            for kind, first in scored[0]["quality"].items()
+        ]
+        lines += ["", *table_lines(Table("", columns, kinds))]
     pairs = [
         [
             _versus(pair),
