@@ -170,11 +170,14 @@ def generated(folder: Path, readme: Path) -> dict[Path, str]:
 
 
 def performance(documents: Documents) -> list[str]:
-    """Of the README: the figures to quote from every document."""
+    """Of the README: the figures to quote, of the newest document of a kind from every device."""
+    newest: dict[tuple[str, str], str] = {}
+    for path in sorted(documents, key=lambda path: documents[path]["created"]):
+        newest[path.rpartition("/")[0], documents[path]["benchmark"]] = path
     lines = []
-    for path, document in documents.items():
-        if document["benchmark"] != "kernels":  # none of them stands for an edit
-            lines += _quoted(path, document)
+    for (_, benchmark), path in sorted(newest.items()):
+        if benchmark != "kernels":  # none of them stands for an edit
+            lines += _quoted(path, documents[path])
     if not lines:
         return ["No figure is committed yet, so none is claimed."]
     return [

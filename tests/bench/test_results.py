@@ -118,6 +118,16 @@ def test_every_figure_is_one_of_a_document() -> None:
     assert "| a | 300 ms |" in "\n".join(performance({"cpu/x.json": other}))
 
 
+def test_the_readme_quotes_the_newest_run() -> None:
+    def made(created: str, median: float) -> Json:
+        return run(measured("a", median)) | {"created": created}
+
+    documents = {"cpu/x.json": made("2026-02", 0.3), "cpu/y.json": made("2026-01", 0.4)}
+    text = "\n".join(performance(documents))
+    assert "x.json" in text
+    assert "y.json" not in text
+
+
 def test_a_goal_is_read_from_its_document() -> None:
     documents = {"gpu/x.json": full()}
     source = ("gpu/x.json", "edit, 4 steps")
