@@ -17,7 +17,7 @@ types:
 	$(RUN) mypy
 
 test:
-	$(RUN) pytest -n auto --dist loadfile
+	$(RUN) pytest
 
 # On a machine with a GPU: whether everything is right there, then how fast; documents go to $(OUT).
 # What fails does not keep the rest from running.

@@ -70,7 +70,6 @@ EXTRAS = {
         "mypy>=2.4,<2.5",
         "pytest>=9,<10",
         "pytest-benchmark>=5.1,<6",
-        "pytest-xdist>=3.6,<4",
         "ruff>=0.17,<0.18",
         "transformers>=5.20,<6",
         *(f"{it}; sys_platform == 'linux' and platform_machine == 'x86_64'" for it in TENSORRT_RTX),

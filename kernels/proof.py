@@ -228,7 +228,7 @@ def _linear_fp8(draw: torch.Generator, at: Situation, width: int) -> list[Any]:
         weight, w_scale = quantize_rows_ref(_randn(draw, at, ROWS, width) / width**0.5)
         bias = _randn(draw, at, ROWS)
         products.append(Fp8Product(x, x_scale, weight, w_scale.squeeze(-1), bias))
-    return [products]
+    return [tuple(products)]
 
 
 def _linear_w4a16(draw: torch.Generator, at: Situation, width: int) -> list[Any]:

@@ -26,8 +26,7 @@ sys.modules["fluxkontext"] = module_from_spec(_spec)
 # Read by torch and the Hugging Face libraries when a test first imports them. The models here are
 # tiny: more threads than this only wait for each other, and none may be fetched.
 _cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))  # with pytest -n
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(4, _cores // _workers))))
+os.environ.setdefault("OMP_NUM_THREADS", str(min(4, _cores)))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
