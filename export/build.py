@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.bundle import Bundle, open_bundle
-from ..runtime.contract import GRAPHS, Workload
+from ..runtime.contract import CLIP_TOKENS, GRAPHS, Workload
 from ..runtime.engines import RTX_TARGETS, Gpu, Recipe, check_shapes, installed
 from ..runtime.errors import (
     BackendUnavailableError,
@@ -196,9 +196,10 @@ def workload_for(
         raise InvalidInputError(
             f"--size: expected sides of {grid.multiple} pixels or more, found less"
         )
+    clip = load_tokenizer(bundle.root / "tokenizer", CLIP_TOKENS).model_max_length
     length = load_tokenizer(bundle.root / "tokenizer_2", 512).model_max_length
     probe = () if static else (golden_size(grid),)
-    return Workload((*whole, *probe), contexts, batch, length, static)
+    return Workload((*whole, *probe), contexts, batch, length, static, clip)
 
 
 def golden_of(root: Path) -> None:

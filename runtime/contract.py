@@ -12,6 +12,7 @@ Shape = tuple[int, ...]
 Profile = Mapping[str, tuple[Shape, Shape, Shape]]
 """Input of a graph -> its least, usual and greatest shape."""
 CLIP_TOKENS = 77
+"""Of the published text encoder; a bundle's own tokenizer says what its is."""
 STEPS = (1, 28, 100)
 """Steps of one edit for which modulation is computed at once; 28 is the published default."""
 
@@ -86,6 +87,7 @@ class Workload:
 
     sizes: of results, (w, h) in pixels; the first is what engines are tuned for. contexts: fewest
     and most pictures of one edit. batch: most edits at once. text_tokens: the longest prompt.
+    clip_tokens: of every prompt.
     static: contexts have the sizes of results, and prompts the full length; otherwise contexts
     also have any preferred size of the model, and prompts any length.
     """
@@ -95,6 +97,7 @@ class Workload:
     batch: int
     text_tokens: int
     static: bool = False
+    clip_tokens: int = CLIP_TOKENS
 
     def axes(self, grid: Grid) -> Mapping[str, Triple]:
         """The range of every axis that varies."""
@@ -106,7 +109,7 @@ class Workload:
         context = (self.contexts[0] * min(seen), usual * seen[0], self.contexts[1] * max(seen))
         return {
             "batch": (self.batch if self.static else 1, self.batch, self.batch),
-            "clip_tokens": (CLIP_TOKENS,) * 3,
+            "clip_tokens": (self.clip_tokens,) * 3,
             "text_tokens": (self.text_tokens if self.static else 1, *(self.text_tokens,) * 2),
             "steps": STEPS,
             "width": _triple([w for w, _ in pictures]),
