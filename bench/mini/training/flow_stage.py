@@ -18,11 +18,11 @@ from .run import Run
 PLAIN_GUIDANCE = 2.5
 """The guidance scale at which the model does what it was shown; other ones are distilled last."""
 
-# Noise levels. Most lie where shapes come into being: begun from targets with so much noise, a
-# model in training got 97% of edits right from 0.4, 73% from 0.7, 44% from 0.85, 33% from 0.97.
-# What an edit is to be has to be decided while the picture is still noise: later it can be read
-# off. So some are drawn from the high end, of which a logit-normal alone (SD3, arXiv:2403.03206)
-# has little; the uniform part keeps the low end covered.
+# Noise levels. Most lie where shapes come into being, between 0.4 and 0.85: begun from targets with
+# that much noise, models in training failed most. What an edit is to be has to be decided while
+# the picture is still noise: later it can be read off. So some are drawn from the high end, of
+# which a logit-normal alone (SD3, arXiv:2403.03206) has little; the uniform part keeps the low end
+# covered.
 _LOGIT_MEAN, _LOGIT_DEVIATION, _UNIFORM = 0.75, 0.8, 0.15
 _DECIDING, _LOWEST_DECIDING = 0.25, 0.85
 
