@@ -24,7 +24,7 @@ PLAIN_GUIDANCE = 2.5
 # which a logit-normal alone (SD3, arXiv:2403.03206) has little; the uniform part keeps the low end
 # covered.
 _LOGIT_MEAN, _LOGIT_DEVIATION, _UNIFORM = 0.75, 0.8, 0.15
-_DECIDING, _LOWEST_DECIDING = 0.25, 0.85
+_DECIDING, _LOWEST_DECIDING = 0.33, 0.85
 
 _CHANGED_WEIGHT = 4.0
 """Loss of a token that the edit changes, against one that it only copies."""
