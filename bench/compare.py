@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not on_gpu:
                 raise BackendUnavailableError(
                     "bench compare --spec full: expected an NVIDIA GPU and a torch built for "
-                    "CUDA, found none; leave --spec out for the miniature's shapes"
+                    "CUDA, found none; leave --spec out for the miniature"
                 )
             drawn = MODELS["full"]
         model = stack.enter_context(opened(args.model, drawn, "cuda" if on_gpu else "cpu"))
@@ -288,8 +288,8 @@ def _parser() -> Parser:
         "--spec",
         choices=["mini", "full"],
         default="mini",
-        help="without --model: shapes of the random weights; full writes 34 GB to the temporary "
-        "folder, and needs a GPU (default: %(default)s)",
+        help="without --model: the miniature, or full-size shapes with random weights, which takes "
+        "a GPU and 34 GB in the temporary folder (default: %(default)s)",
     )
     parser.add_argument("--scenario", default="edit", help="edit or wide-edit")
     parser.add_argument("--steps", type=count, default=28, help="default: %(default)s")

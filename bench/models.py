@@ -1,4 +1,4 @@
-"""The model that a benchmark runs: the user's, or the miniature's shapes with random weights."""
+"""The model that a benchmark runs: the user's, the miniature that ships, or a drawn one."""
 
 import hashlib
 import math
@@ -8,23 +8,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from ..runtime.bundle import MANIFEST, digest
-from ..runtime.checkpoint import find, resolve
+from ..runtime.checkpoint import MINI, find, resolve
 from ..runtime.errors import KontextError
+from ..runtime.golden import GOLDEN
 from ..runtime.loader import require
 from ..runtime.tensor_shapes import ModelShapes
 from ..runtime.weights import read_headers
 from .checkpoint_writer import Spec
 from .document import Json, warning
 from .drawn import Drawn
-from .mini.training.shipping import write_folder
-from .mini.training.spec import MINI
-from .synthetic import random_networks
-
-SYNTHETIC = "miniature shapes, random weights"
-_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -49,28 +42,17 @@ def shapes_of(spec: Spec) -> ModelShapes:
 
 @contextmanager
 def opened(name: str | None, drawn: Drawn | None = None, device: str = "cpu") -> Iterator[Model]:
-    """``name`` as for ``from_pretrained``. None makes one for this block: ``drawn`` on ``device``,
-    or the synthetic miniature."""
-    if name is not None:
-        root = resolve(name)
-        yield Model(root, {"name": name, "synthetic": False, **_weights(root)}, _shapes(name, root))
-        return
-    with tempfile.TemporaryDirectory(prefix="fluxkontext-") as folder:
-        if drawn is not None:
+    """``name`` as for ``from_pretrained``. None: what ``drawn`` makes on ``device`` for this block,
+    or without that the miniature that comes with the package."""
+    if name is None and drawn is not None:
+        with tempfile.TemporaryDirectory(prefix="fluxkontext-") as folder:
             root = Path(folder) / "drawn"
             drawn.write(root, device)
             yield Model(root, drawn.facts(), shapes_of(drawn.spec))
-            return
-        root = Path(folder) / "miniature"
-        networks = random_networks(MINI, _SEED)
-        flat: dict[str, torch.Tensor] = {
-            f"{component}.{key}": value
-            for component, tensors in networks.items()
-            for key, value in tensors.items()
-        }
-        write_folder(root, MINI, flat)
-        facts = {"name": SYNTHETIC, "synthetic": True, **_weights(root), "digest": "synthetic"}
-        yield Model(root, facts, shapes_of(MINI))
+        return
+    name = name or MINI
+    root = resolve(name)
+    yield Model(root, {"name": name, "synthetic": False, **_weights(root)}, _shapes(name, root))
 
 
 @contextmanager
@@ -102,7 +84,8 @@ def _shapes(name: str, root: Path) -> ModelShapes | None:
 def _weights(root: Path) -> Json:
     """``digest`` over the names and contents of all weight files, and how many ``parameters``;
     ``bundle``: of the manifest, which has the hashes of graphs and engines."""
-    files = [root] if root.is_file() else sorted(root.rglob("*.safetensors"))
+    found = [root] if root.is_file() else sorted(root.rglob("*.safetensors"))
+    files = [file for file in found if file.name != GOLDEN]
     whole = hashlib.sha256()
     for file in files:
         name = file.name if file == root else file.relative_to(root).as_posix()

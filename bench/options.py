@@ -15,9 +15,7 @@ def common(model: bool = True) -> Parser:
     parsers."""
     options = Parser(add_help=False)
     if model:
-        options.add_argument(
-            "--model", help="as for edit; default: the miniature's shapes with random weights"
-        )
+        options.add_argument("--model", help="as for edit; default: the miniature")
         options.add_argument("--backend", default="auto", help="auto, onnx or native")
     options.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     options.add_argument(

@@ -1,6 +1,7 @@
 """Whole edits: what `bench edit` and `bench gpu` measure is what was asked for, and documented."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -12,14 +13,16 @@ import pytest
 from fluxkontext.bench import edit, gpu
 from fluxkontext.bench.document import read
 from fluxkontext.bench.drawn import FULL, MODELS, Drawn
-from fluxkontext.bench.models import SYNTHETIC, opened
+from fluxkontext.bench.models import opened
 from fluxkontext.bench.nvml import Nvml
 from fluxkontext.bench.report import command as report
 from fluxkontext.bench.scenarios import SCENARIOS, Work, works
 from fluxkontext.bench.synthetic import write_tokenizers
 from fluxkontext.runtime import KontextPipeline
+from fluxkontext.runtime.checkpoint import MINI, MINI_FOLDER
 from fluxkontext.runtime.errors import BackendUnavailableError, InvalidInputError, KontextError
 from fluxkontext.runtime.geometry import Grid
+from fluxkontext.runtime.weights import read_headers
 
 from ..conftest import small_spec
 from .sensors import Library
@@ -156,16 +159,17 @@ def test_a_model_of_ones_own_is_named_by_what_it_holds(
         assert again.facts == model
 
 
-def test_the_usual_model_is_labelled_synthetic() -> None:
+def test_the_usual_model_is_the_miniature_that_ships() -> None:
     with opened(None) as model:
-        assert model.facts["name"] == SYNTHETIC
-        assert model.facts["synthetic"] is True
-        assert 6e6 < model.facts["parameters"] < 9e6
-        assert [w["kind"] for w in model.warnings] == ["synthetic_weights"]
-        with KontextPipeline.from_pretrained(model.path, precision="fp32", device="cpu") as pipe:
-            (work,) = works(["edit"], pipe.grid, [1], [1])
-            assert pipe(**work.arguments()).images[0].size == (128, 128)
-    assert not model.path.exists()
+        assert model.path == MINI_FOLDER
+        assert model.facts["name"] == MINI
+        assert model.facts["synthetic"] is False
+        assert model.warnings == []
+        networks = ["transformer", "vae", "text_encoder", "text_encoder_2"]
+        headers = read_headers(
+            [file for name in networks for file in (MINI_FOLDER / name).glob("*.safetensors")]
+        )
+        assert model.facts["parameters"] == sum(map(math.prod, headers.shapes.values()))
 
 
 def test_a_failed_process_says_why(namespace_env: dict[str, str], tmp_path: Path) -> None:
