@@ -1,8 +1,8 @@
 """Files that are written whole or not at all, and locks between processes."""
 
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,14 +12,14 @@ from typing import BinaryIO
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write into; it takes the name ``path`` when the block ends well, else it goes."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".fluxkontext-")
+    building = path.parent / f".fluxkontext-{secrets.token_hex(8)}"
+    file = building.open("xb")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with file:
             yield file
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
+        building.replace(path)
     except BaseException:
-        os.unlink(name)
+        building.unlink()
         raise
 
 
@@ -82,9 +82,3 @@ def _same_file(handle: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(handle), path.stat())
     except FileNotFoundError:
         return False
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

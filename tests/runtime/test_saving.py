@@ -51,15 +51,14 @@ def test_a_file_is_written_whole_or_not_at_all(
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real one: every write to the temporary file goes to a device that has no room."""
-    from fluxkontext.runtime import files
+    real = Path.open
 
-    real = os.fdopen
+    def onto_full_device(path: Path, mode: str) -> Any:
+        file = real(path, mode)
+        os.dup2(os.open("/dev/full", os.O_WRONLY), file.fileno())
+        return file
 
-    def onto_full_device(handle: int, mode: str) -> Any:
-        os.dup2(os.open("/dev/full", os.O_WRONLY), handle)
-        return real(handle, mode)
-
-    monkeypatch.setattr(files.os, "fdopen", onto_full_device)
+    monkeypatch.setattr(Path, "open", onto_full_device)
     with pytest.raises(KontextError, match=r"expected to write an image, found: .*No space left"):
         save(Image.fromarray(RGB), tmp_path / "out.png", None)
     monkeypatch.undo()
@@ -74,6 +73,19 @@ def test_an_old_file_is_replaced_and_keeps_usual_permissions(tmp_path: Path) -> 
     assert file.stat().st_mode == other.stat().st_mode
     np.testing.assert_array_equal(np.asarray(Image.open(file)), RGB)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out.png"]
+
+
+def test_the_umask_holds_and_is_not_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the whole process's: changed for a moment, it is another thread's for that moment."""
+    usual, before = os.umask, os.umask(0o027)
+    monkeypatch.setattr(os, "umask", lambda _: pytest.fail("the umask was changed"))
+    try:
+        save(Image.fromarray(RGB), tmp_path / "out.png", None)
+    finally:
+        usual(before)
+    assert (tmp_path / "out.png").stat().st_mode & 0o777 == 0o640
 
 
 @pytest.mark.parametrize(
