@@ -7,12 +7,14 @@ on every load, large ones once per change.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from .arguments import shown
 from .contract import TensorSpec
 from .errors import CheckpointError, CorruptedError
 from .files import cache_folder, locked, whole_file
@@ -28,6 +30,9 @@ _CHUNK = 2**26
 _LARGE = _CHUNK
 """Larger files are verified once per change rather than on every load."""
 _CHECKSUM = "checksum"
+_KEY = re.compile(r"[0-9a-f]{64}")
+_SET = re.compile(r"\w[\w.-]*")
+"""Of engines: a key, and a set's name."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ def open_bundle(root: Path, verify: str = "once", engines: bool = True) -> Bundl
     manifest = read_manifest(root)
     known = _Stamps.load()
     for name, entry in manifest["files"].items():
-        path = _inside(root, name)
+        path = root / name
         if not engines and PurePosixPath(name).parts[0] == ENGINES:
             continue
         try:
@@ -132,7 +137,7 @@ def open_bundle(root: Path, verify: str = "once", engines: bool = True) -> Bundl
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
-    """The manifest, checked against its own checksum."""
+    """The manifest, checked against its own checksum; all that it names is inside the bundle."""
     path = root / MANIFEST
     try:
         text = path.read_text(encoding="utf-8")
@@ -153,6 +158,11 @@ def read_manifest(root: Path) -> dict[str, Any]:
         raise CorruptedError(
             f"{path}: expected what its checksum says, found a changed file; "
             "copy or export the bundle again"
+        )
+    if (stray := next(_strays(manifest), None)) is not None:
+        raise CorruptedError(
+            f"{path}: expected names inside the bundle, of files that it lists, found "
+            f"{shown(stray)}; do not use it"
         )
     return dict(manifest)
 
@@ -195,14 +205,22 @@ def digest(path: Path) -> str:
         return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
-def _inside(root: Path, name: str) -> Path:
-    """The path of a named file; one that leads out of the bundle is not followed."""
-    relative = PurePosixPath(name)
-    if relative.is_absolute() or ".." in relative.parts or "\\" in name:
-        raise CorruptedError(
-            f"{root / MANIFEST}: expected names inside the bundle, found {name}; do not use it"
-        )
-    return root / relative
+def _strays(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Names that lead out of the bundle, or to what it does not say how to verify."""
+    files = manifest["files"]
+    for name in files:
+        relative = PurePosixPath(name)
+        if relative.is_absolute() or ".." in relative.parts or "\\" in name:
+            yield name
+    for component in manifest["components"].values():
+        yield from set(component["graphs"].values()) - set(files)
+    for name, entry in manifest.get("engines", {}).items():
+        parts = entry["components"].values()
+        yield from {part["file"] for part in parts} - set(files)
+        # The cache of compiled kernels is written below a folder and under a file of these names.
+        yield from (key for key in (part["key"] for part in parts) if not _KEY.fullmatch(key))
+        if not _SET.fullmatch(name):
+            yield name
 
 
 class _Stamps:

@@ -98,6 +98,45 @@ def test_names_that_lead_out_are_refused(copy: Path, name: str) -> None:
         open_bundle(copy)
 
 
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("../../tmp/x", {}),
+        ("..", {}),
+        ("", {}),
+        ("ada", {"key": "/home/u/.ssh/authorized_keys"}),
+        ("ada", {"key": "../" * 9 + "tmp/x"}),
+        ("ada", {"key": "a" * 63}),
+        ("ada", {"file": "../outside"}),
+        ("ada", {"file": "/etc/hostname"}),
+        ("ada", {"file": "unlisted.engine"}),
+    ],
+)
+def test_engines_that_lead_out_are_refused(copy: Path, name: str, part: dict[str, str]) -> None:
+    """Kernels are cached under the names of the set and the key: both would be written to."""
+
+    def write(name: str, part: dict[str, str]) -> None:
+        engine = {"file": "clip.cpu.onnx", "key": "0123456789abcdef" * 4, "profile": {}, **part}
+        manifest = {**read_manifest(copy), "engines": {name: {"components": {"clip": engine}}}}
+        (copy / "manifest.json").write_text(dump_manifest(manifest))
+
+    write("tensorrt-rtx-sm_120", {})
+    open_bundle(copy)
+    write(name, part)
+    with pytest.raises(CorruptedError, match=r"inside the bundle.*found '.*; do not use it"):
+        open_bundle(copy)
+
+
+@pytest.mark.parametrize("graph", ["../outside.onnx", "/etc/hostname", "unlisted.onnx"])
+def test_a_graph_that_is_not_verified_is_refused(copy: Path, graph: str) -> None:
+    manifest = read_manifest(copy)
+    manifest["components"]["clip"]["graphs"]["cpu"] = graph
+    (copy / "manifest.json").write_text(dump_manifest(manifest))
+    shutil.copy(copy / "clip.cpu.onnx", copy / "unlisted.onnx")
+    with pytest.raises(CorruptedError, match="of files that it lists"):
+        open_bundle(copy)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", "null", '{"schema_version": "x"}', "\xff"])
 def test_a_manifest_of_something_else(copy: Path, text: str) -> None:
     (copy / "manifest.json").write_text(text, encoding="latin-1")
