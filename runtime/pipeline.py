@@ -58,8 +58,7 @@ class KontextPipeline:
         memo_entries: how many prompts and how many context pictures are remembered; 0 for none.
         budget: the limit within which ``backend`` was loaded; requests beyond it are refused.
         """
-        max_queue = whole("max_queue", max_queue, 0, sys.maxsize)
-        memo_entries = whole("memo_entries", memo_entries, 0, sys.maxsize)
+        max_queue, memo_entries = _counts(max_queue, memo_entries)
         self.name = name
         self.backend = backend
         self.tokenizer_2 = tokenizer_2
@@ -94,19 +93,23 @@ class KontextPipeline:
 
         model: ``mini``, the miniature that comes with the package; a bundle, a diffusers folder, a
         BFL or ComfyUI single file, or a hub id in the local cache. A single file lacks some parts;
-        ``vae`` ... ``tokenizer_2`` name a folder or file for
-        each. backend: ``auto``, ``onnx`` (bundles) or ``native`` (torch). precision: ``auto``,
+        ``vae`` ... ``tokenizer_2`` name a folder or file for each. backend: ``auto``, ``onnx``
+        (bundles), ``native`` (torch) or ``tensorrt`` (bundles with engines). precision: ``auto``,
         ``fp32``, ``bf16``, ``fp16``, ``fp8`` or ``nvfp4``; auto runs what is stored. vram_budget:
         what the device may spend in all, in bytes or such as ``12GiB`` (native only): weights that
         do not fit are streamed from the host, and an edit that cannot fit is refused before it
-        starts. kernels: an op and the implementation to run it with, such as ``{"attention":
-        "fp8"}``, for FP8 attention beside FP8 layers (native only); where nothing is named, the
-        best that passes a trial on the device runs. verify: large files of a bundle ``once`` per
-        change, ``always`` or ``never``. Raises CheckpointError for weights that are missing or
-        malformed, CorruptedError for a bundle that is not what its manifest says, OutOfMemoryError
-        for a model that no budget so small can run, BackendUnavailableError for what this machine
-        cannot run.
+        starts; it is the whole process's, so that one pipeline at a time can have one. kernels: an
+        op and the implementation to run it with, such as ``{"attend": "fp8"}``, for FP8 attention
+        beside FP8 layers (native only); where nothing is named, the best that passes a trial on
+        the device runs. verify: large files of a bundle ``once`` per change, ``always`` or
+        ``never``.
+
+        Raises CheckpointError for weights that are missing or malformed, CorruptedError for a
+        bundle that is not what its manifest says, EngineMismatchError for engines of another GPU or
+        version, OutOfMemoryError for a model that no budget so small can run,
+        BackendUnavailableError for what this machine cannot run.
         """
+        _counts(max_queue, memo_entries)  # before the minutes that a large model takes
         given = (vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2)
         parts = {k: v for k, v in zip(PARTS[1:], given, strict=True) if v is not None}
         loaded = load(model, parts, backend, precision, device, verify, vram_budget, kernels)
@@ -174,7 +177,8 @@ class KontextPipeline:
         A callback gets ``latents`` as numpy and may return others; ask for none with an empty
         ``callback_on_step_end_tensor_inputs`` and nothing is copied.
 
-        Raises InvalidInputError, CancelledError, DeadlineError, QueueFullError, OutOfMemoryError.
+        Raises InvalidInputError, CancelledError, DeadlineError, QueueFullError, OutOfMemoryError,
+        EngineMismatchError for what no engine was built for, and ClosedError after :meth:`close`.
         """
         watch = Watch(cancel, deadline)
         choice("output_type", output_type, OUTPUT_TYPES)
@@ -348,3 +352,11 @@ class KontextPipeline:
     def _text_length(self, asked: int | None) -> int:
         limit = self.tokenizer_2.model_max_length
         return limit if asked is None else whole("max_sequence_length", asked, 2, limit)
+
+
+def _counts(max_queue: int, memo_entries: int) -> tuple[int, int]:
+    """Both as whole numbers."""
+    return (
+        whole("max_queue", max_queue, 0, sys.maxsize),
+        whole("memo_entries", memo_entries, 0, sys.maxsize),
+    )

@@ -85,7 +85,8 @@ class NativeBackend:
 
         device: ``auto``, ``cpu``, ``cuda`` ... precision: ``auto``, ``fp32``, ``bf16``, ``fp16``,
         ``fp8`` or ``nvfp4``, as in :func:`.precision.choose_precision`. vram_budget: bytes that the
-        device may spend, or None for all it has; weights that do not fit stay on the host.
+        device may spend, or None for all it has; weights that do not fit stay on the host. On a
+        GPU the allocator's limit is the process's own, so that one backend at a time can have one.
         text_tokens: of a prompt, the most. max_graphs: sizes whose CUDA graphs are kept. kernels:
         op -> the name of one of its :data:`fluxkontext.kernels.candidates.CANDIDATES`; for other
         ops the best that passes on this device.
@@ -103,7 +104,17 @@ class NativeBackend:
         if vram_budget is not None:
             self.budget = self._plan(ModelShapes.of(checkpoint), vram_budget, text_tokens)
         self._placed = Placed(self.budget, self._device)
-        shape = checkpoint.transformer.config
+        try:
+            self._fill(checkpoint, kernels, max_graphs)
+        except BaseException:
+            self._placed.close()  # the limit that it has set is the whole process's
+            raise
+
+    def _fill(
+        self, checkpoint: Checkpoint, kernels: Mapping[str, str] | None, max_graphs: int
+    ) -> None:
+        """Choose the kernels and load the networks."""
+        dtype, shape = self._dtype, checkpoint.transformer.config
         channels = checkpoint.vae.config.block_out_channels
         try:
             ops = proven(
@@ -117,7 +128,7 @@ class NativeBackend:
             "kernels": ops.name,
             **({"recipe": recipe} if recipe else {}),
             **({"named": " ".join(map("=".join, kernels.items()))} if kernels else {}),
-            **({"vram_budget": gib(vram_budget)} if vram_budget is not None else {}),
+            **({"vram_budget": gib(self.budget.limit)} if self.budget else {}),
         }
         self._clip = self._load(checkpoint.text_encoder, ClipText, dtype)
         self._t5 = self._load(checkpoint.text_encoder_2, T5Encoder, dtype)

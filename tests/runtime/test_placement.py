@@ -279,6 +279,20 @@ def test_closed_modules_are_let_go(tiny: Path) -> None:
 # Refusals
 
 
+def test_a_model_that_does_not_load_lets_its_limit_go(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The allocator's limit is the process's: what is loaded next would be refused its memory."""
+    closed: list[Placed] = []
+    close = Placed.close
+    monkeypatch.setattr(Placed, "close", lambda placed: (closed.append(placed), close(placed)))
+    with pytest.raises(BackendUnavailableError, match="kernels: "):
+        KontextPipeline.from_pretrained(
+            tiny, device="cpu", vram_budget="8GiB", kernels={"attend": "none"}
+        )
+    assert len(closed) == 1
+
+
 def test_what_cannot_fit_is_refused_before_any_work(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -340,6 +354,11 @@ def test_the_allocator_refuses_what_is_beyond_the_budget(tiny: Path) -> None:
             torch.empty(2 << 30, dtype=torch.uint8, device="cuda")
         edit(pipe)
     torch.empty(2 << 30, dtype=torch.uint8, device="cuda")  # the limit went with the pipeline
+    with pytest.raises(BackendUnavailableError, match="kernels: "):
+        KontextPipeline.from_pretrained(
+            tiny, device="cuda", vram_budget="2GiB", kernels={"attend": "none"}
+        )
+    torch.empty(2 << 30, dtype=torch.uint8, device="cuda")  # and with one that never was
 
 
 @pytest.mark.gpu
