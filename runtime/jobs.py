@@ -17,7 +17,10 @@ from .request import Edit, Picture, Text, packed_latents, picture_size
 
 @dataclass
 class Job:
-    """One picture in the making. Sizes are pixels (w, h); contexts are at the model's size."""
+    """One picture in the making. Sizes are pixels (w, h); contexts are at the model's size.
+
+    draw: which of the seed's stream its noise is; None, as the seed, where noise is given.
+    """
 
     edit: Edit
     target: Size
@@ -26,6 +29,7 @@ class Job:
     transforms: list[Transform]
     noise: Floats = field(default_factory=lambda: np.empty(0, np.float32))
     seed: int | None = None
+    draw: int | None = None
     output: Any = None
 
     @property
@@ -107,7 +111,7 @@ def draw_noise(
 
 
 def _streams(jobs: Sequence[Job], seeds: Sequence[int] | int | None, generator: Any) -> list[Any]:
-    """A noise source for each job; the seed of each is noted on it."""
+    """A noise source for each job; the seed of each, and which draw it gets, are noted on it."""
     if generator is not None:
         sources = (
             list(generator) if isinstance(generator, list | tuple) else [generator] * len(jobs)
@@ -116,12 +120,12 @@ def _streams(jobs: Sequence[Job], seeds: Sequence[int] | int | None, generator: 
         return sources
     if seeds is None or isinstance(seeds, int | np.integer):
         seed = fresh_seed() if seeds is None else int(seeds)
-        for job in jobs:
-            job.seed = seed
+        for i, job in enumerate(jobs):
+            job.seed, job.draw = seed, i
         return [NoiseStream(seed)] * len(jobs)
     _check_count("seed", seeds, jobs)
     for job, number in zip(jobs, seeds, strict=True):
-        job.seed = int(number)
+        job.seed, job.draw = int(number), 0
     return [NoiseStream(int(number)) for number in seeds]
 
 

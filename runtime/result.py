@@ -93,12 +93,12 @@ def assemble(
         images=outputs,
         seeds=[job.seed for job in jobs],
         transforms=[job.transforms for job in jobs],
-        settings=[_settings(job, i, sampling, about) for i, job in enumerate(jobs)],
+        settings=[_settings(job, sampling, about) for job in jobs],
         timings=timings,
     )
 
 
-def _settings(job: Job, index: int, sampling: Sampling, about: dict[str, str]) -> dict[str, Any]:
+def _settings(job: Job, sampling: Sampling, about: dict[str, str]) -> dict[str, Any]:
     """What made one picture, as JSON; what was not used is left out."""
     texts = {"": job.edit.text, "negative_": job.edit.negative}
     prompts = {}
@@ -114,7 +114,7 @@ def _settings(job: Job, index: int, sampling: Sampling, about: dict[str, str]) -
         **about,
         **prompts,
         "seed": job.seed,
-        "index": index,  # which draw of the seed's stream
+        "index": job.draw,
         "size": _size(job.target),
         "contexts": [{"source": _size(t.source), "model": _size(t.model)} for t in job.transforms],
         **shared,
