@@ -92,11 +92,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = []
         for one in everyone:
             name, done, samples = _label(work, one), counts[one.name], taken[one.name]
-            if done["flop"] is None and model.shapes is not None and one.exact:
+            if model.shapes is not None and one.exact:
                 done["flop"] = edit_flop(
                     model.shapes.transformer, _as(parameters, one), done["forwards"]
                 )
-            if done["flop"]:
                 refuse_impossible(name, done["flop"], min(samples), ceilings)
             rows.append(
                 result(

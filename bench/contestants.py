@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..runtime import KontextPipeline
 from ..runtime.backends.native import NativeBackend
@@ -78,14 +77,12 @@ def ours(
                 if isinstance(pipe.backend, NativeBackend):
                     native = counting.enter_context(_evaluations(pipe.backend))
                 clock = counting.enter_context(timed(pipe))
-                counter = counting.enter_context(FlopCounterMode(display=False))
                 picture = edit(work)
             steps = len(clock.take().spans["denoise"])
-            flop = float(counter.get_total_flops()) if native and not native.replays else None
             return picture, {
                 "forwards": native.all if native else steps,
                 "tokens": clock.tokens,
-                "flop": flop,  # what a graph replays is not counted
+                "flop": None,
             }
 
         def first(work: Work, folder: Path) -> list[str]:

@@ -5,7 +5,6 @@ import tempfile
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,7 @@ class Drawn:
             self.tokenizers(folder)
             clip = load_tokenizer(folder / "tokenizer", CLIP_LENGTH)
             t5 = load_tokenizer(folder / "tokenizer_2", self.spec.text_length)
-            checkpoint = self._checkpoint(folder)
+            checkpoint = self._checkpoint(folder, torch.device(device))
         length = self.spec.text_length
         backend = NativeBackend(checkpoint, device, precision, vram_budget, length, kernels=kernels)
         return KontextPipeline(
@@ -89,7 +88,7 @@ class Drawn:
         write_model(folder, self.spec, networks, torch.bfloat16)
         self.tokenizers(folder)
 
-    def _checkpoint(self, folder: Path) -> Checkpoint:
+    def _checkpoint(self, folder: Path, where: torch.device) -> Checkpoint:
         spec = self.spec
         configs = {
             "transformer": spec.transformer,
@@ -100,7 +99,7 @@ class Drawn:
         found: dict[str, Any] = {}
         for part, network in meta_networks(spec).items():
             tensors = {
-                name: drawn_tensor(part, name, tuple(tensor.shape))
+                name: drawn_tensor(part, name, tuple(tensor.shape), where)
                 for name, tensor in network.state_dict().items()
             }
             found[part] = Component(part, WeightIndex(tensors), configs[part], "drawn", identity)
@@ -113,10 +112,14 @@ class Drawn:
         )
 
 
-def drawn_tensor(part: str, name: str, shape: tuple[int, ...]) -> StoredTensor:
-    """A tensor that is drawn when it is loaded; its values depend on its name and the device."""
-    stored = StoredTensor(Path("drawn"), name, "BF16", shape)
-    return replace(stored, made=partial(_draw, name, shape, _seed(part, name)))
+def drawn_tensor(part: str, name: str, shape: tuple[int, ...], where: torch.device) -> StoredTensor:
+    """A tensor that is drawn when it is loaded, on ``where``: a GPU draws what stays in RAM too,
+    within seconds, and the same values. These depend on its name and on ``where``."""
+
+    def made(device: torch.device) -> Tensor:
+        return _draw(name, shape, _seed(part, name), where).to(device)
+
+    return replace(StoredTensor(Path("drawn"), name, "BF16", shape), made=made)
 
 
 def _seed(part: str, name: str) -> int:

@@ -27,7 +27,7 @@ from ..runtime.errors import (
 from ..runtime.geometry import Grid
 from ..runtime.plan import gib
 from .ceilings import measured as ceilings_of
-from .document import Json, distribution, document, result, warning
+from .document import Json, distribution, document, result, warning, write
 from .drawn import MODELS, Drawn
 from .edit import label, measure
 from .environment import environment, git_state, git_warnings, reader_of
@@ -43,14 +43,15 @@ from .threads import threads
 SUITE = ("gpu", 1)
 """Name and version of :data:`_WORKS` and the model's shapes; what changes a figure raises it."""
 _WORKS = (
-    ("text-to-image", 28, 1),
     ("edit", 28, 1),
     ("edit", 8, 1),
-    ("two-contexts", 28, 1),
-    ("edit", 28, 4),
+    ("text-to-image", 28, 1),
+    ("two-contexts", 8, 1),
+    ("edit", 8, 4),
 )
-"""Scenario, steps and batch."""
-_HEADLINE = 1
+"""Scenario, steps and batch. The first is the headline."""
+_FAILED = "failed"
+"""Kind of the warning about what ended with an error of its own."""
 _LADDER = {"cuda": ["bf16", "fp8", "fp8:attend=fp8", "nvfp4"], "cpu": ["fp32", "bf16"]}
 
 
@@ -60,44 +61,52 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = _device(args.device)
     command = ["fluxkontext", "bench", "gpu", *(sys.argv[1:] if argv is None else argv)]
     with threads(args.threads, device):
-        found = _rated(args, device, command)
+        for found in _rated(args, device, command):
+            if args.out:  # whatever happens next, this much is there
+                write(found, args.out)
     deliver(found, args, latency_table(found))
-    return 0
+    return 1 if any(doubt["kind"] == _FAILED for doubt in found["warnings"]) else 0
 
 
-def _rated(args: argparse.Namespace, device: str, command: Sequence[str]) -> Json:
-    """The whole document."""
+def _rated(args: argparse.Namespace, device: str, command: Sequence[str]) -> Iterator[Json]:
+    """The document as far as it goes: after each rung, and whole at last."""
     model = MODELS[args.spec]
     ladder = [Rung.of(text) for text in args.precision or _LADDER[device.partition(":")[0]]]
     others = OtherLoad()
     ceilings = ceilings_of(device)
     rows: list[Json] = []
     doubts = [warning("synthetic_weights", "random weights: the pictures are noise")]
+    git = git_state()
+
+    def so_far() -> Json:
+        states = [row["devices"] for row in rows if row["devices"]]
+        around = (states[0]["before"], states[-1]["after"]) if states else (None, None)
+        best = _best(rows)
+        return document(
+            "gpu",
+            SUITE,
+            git=git,
+            command=command,
+            model=model.facts(),
+            environment=environment(device, *around),
+            warnings=[*git_warnings(git), *doubts, *others.warnings()],
+            results=rows,
+            ceilings=ceilings,
+            headline=best and headline(best),
+        )
+
     for rung in ladder:
-        for row, found in _climbed(model, rung, device, args, len(ladder)):
-            rows.append(_with_roofline(model, row, ceilings))
+        for row, found in _climbed(model, rung, device, args, ceilings, len(ladder)):
+            rows.append(row)
             doubts += found
+        yield so_far()
     best = _best(rows)
     if best and args.sustain:
         rung = next(it for it in ladder if best["name"].endswith(it.label(args.vram_budget)))
         row, found = _sustained(model, rung, device, args)
         rows.append(row)
         doubts += found
-    git = git_state()
-    states = [row["devices"] for row in rows if row["devices"]]
-    around = (states[0]["before"], states[-1]["after"]) if states else (None, None)
-    return document(
-        "gpu",
-        SUITE,
-        git=git,
-        command=command,
-        model=model.facts(),
-        environment=environment(device, *around),
-        warnings=[*git_warnings(git), *doubts, *others.warnings()],
-        results=rows,
-        ceilings=ceilings,
-        headline=best and headline(best),
-    )
+        yield so_far()
 
 
 @dataclass(frozen=True)
@@ -156,27 +165,41 @@ def _works(grid: Grid) -> list[Work]:
 
 
 def _climbed(
-    model: Drawn, rung: Rung, device: str, args: argparse.Namespace, rungs: int
+    model: Drawn,
+    rung: Rung,
+    device: str,
+    args: argparse.Namespace,
+    ceilings: Json,
+    rungs: int,
 ) -> Iterator[tuple[Json, list[Json]]]:
-    """The suite on one rung; what does not fit, or cannot run here, is a row that says so."""
+    """The suite on one rung; what does not fit, cannot run here or fails is a row that says so.
+
+    An error that is none of ours ends the rung, since a GPU's state is unknown after it, but not
+    the others.
+    """
     vae = model.spec.vae
     todo = _works(Grid(2 * vae.downscale, vae.sample_size))
     effort = effort_of(args)
     seconds = effort.seconds and effort.seconds / rungs / len(todo)
     disabled = True if args.quiet else None
+    done = 0
     try:
         with _loaded(model, rung, device, args) as pipe:
             for work in todo:
                 with tqdm(disable=disabled, desc=label(work, pipe), leave=False) as bar:
                     limits = replace(effort, seconds=seconds)
                     try:
-                        row = measure(pipe, work, limits, bar, shapes_of(model.spec))
+                        row, doubts = measure(pipe, work, limits, bar, shapes_of(model.spec))
                     except OutOfMemoryError as error:
-                        row = _skipped(model, work, rung, device, args, error), []
-                yield row
-    except (BackendUnavailableError, OutOfMemoryError) as error:
-        for work in todo:
-            yield _skipped(model, work, rung, device, args, error), []
+                        row, doubts = _skipped(model, work, rung, device, args, error), []
+                    row = _with_roofline(model, row, ceilings)
+                done += 1
+                yield row, doubts
+    except Exception as error:
+        expected = isinstance(error, BackendUnavailableError | OutOfMemoryError)
+        for work in todo[done:]:
+            row = _skipped(model, work, rung, device, args, error)
+            yield row, [] if expected else [warning(_FAILED, row["reason"], row["name"])]
 
 
 def _skipped(
@@ -185,7 +208,7 @@ def _skipped(
     rung: Rung,
     device: str,
     args: argparse.Namespace,
-    error: KontextError,
+    error: Exception,
 ) -> Json:
     vae = model.spec.vae
     grid = Grid(2 * vae.downscale, vae.sample_size)
@@ -197,7 +220,9 @@ def _skipped(
         "implementation": "fluxkontext",
     }
     name = f"{work.name}, {rung.label(args.vram_budget)}"
-    return result(name, work.scenario, parameters, reason=str(error))
+    kind = "" if isinstance(error, KontextError) else f"{type(error).__name__}: "
+    reason = " ".join(f"{kind}{error}".split())[:500]
+    return result(name, work.scenario, parameters, reason=reason)
 
 
 @contextmanager
@@ -227,7 +252,7 @@ def _with_roofline(model: Drawn, row: Json, ceilings: Json) -> Json:
 
 def _best(rows: Sequence[Json]) -> Json | None:
     """The fastest row of the headline's work; None if none was measured."""
-    scenario, steps, batch = _WORKS[_HEADLINE]
+    scenario, steps, batch = _WORKS[0]
     those = [
         row
         for row in rows
@@ -246,7 +271,7 @@ def _sustained(
     reader = reader_of(device)
     series: list[Json] = []
     with _loaded(model, rung, device, args) as pipe:
-        work = _works(pipe.grid)[_HEADLINE]
+        work = _works(pipe.grid)[0]
         name, arguments = f"sustained {label(work, pipe)}", work.arguments()
         pipe(**arguments)
         since = time.perf_counter()
@@ -295,7 +320,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--sustain", type=whole, default=60, metavar="SECONDS", help="default: %(default)s"
     )
-    add_effort(parser, rounds=10, minutes=10)
+    add_effort(parser, rounds=10, minutes=10, warmup=1)
     return parser
 
 

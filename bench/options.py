@@ -27,9 +27,11 @@ def common(model: bool = True) -> Parser:
     return options
 
 
-def add_effort(parser: argparse.ArgumentParser, rounds: int, minutes: float) -> None:
+def add_effort(
+    parser: argparse.ArgumentParser, rounds: int, minutes: float, warmup: int = 2
+) -> None:
     """How long to measure; the defaults are for when neither is asked for."""
-    parser.add_argument("--warmup", type=whole, default=2, help="rounds; default: %(default)s")
+    parser.add_argument("--warmup", type=whole, default=warmup, help="rounds; default: %(default)s")
     parser.add_argument(
         "--rounds",
         type=count,

@@ -4,7 +4,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 
 from .document import Json
 from .scenarios import GUIDANCE, PROMPTS, Work
@@ -129,14 +128,10 @@ class Loaded:
             found["tokens"] = image.shape[1] + text.shape[1]
 
         hook = self._transformer.register_forward_pre_hook(count, with_kwargs=True)
-        with ExitStack() as counting:
-            counting.callback(hook.remove)
-            if not self.peer.plain:  # the counter's own hooks would be compiled in
-                yield found
-                return
-            counter = counting.enter_context(FlopCounterMode(display=False))
+        try:
             yield found
-            found["flop"] = float(counter.get_total_flops())
+        finally:
+            hook.remove()
 
 
 def call_of(work: Work, text_tokens: int) -> dict[str, Any]:

@@ -55,9 +55,7 @@ def test_all_do_the_same_work(document: dict[str, Any]) -> None:
     assert len({work["tokens"] for work in works.values()}) == 1
     assert works[OURS]["tokens"] == sum(rows[OURS]["parameters"]["tokens"].values())
     assert rows[OURS]["parameters"]["backend"] == "onnx"  # as a user of a bundle on a CPU has it
-    # ours leaves out what no pixel needs, and computes the conditioning of all steps at once
-    assert 0.7 < works[NATIVE]["flop"] / works["diffusers"]["flop"] <= 1.01
-    assert 0 < works[OURS]["flop"] <= works[NATIVE]["flop"]  # the steps alone, by the model
+    assert len({work["flop"] for work in works.values()}) == 1
     assert {row["latency"]["count"] for row in rows.values() if row["latency"]} == {4}
 
 
@@ -174,7 +172,6 @@ def test_steps_that_a_graph_replays_are_counted(small_model: Path) -> None:
         for _ in range(2):  # with the capture, and with replays alone
             work = one.counted(replace(WORK, steps=5))[1]
             assert work["forwards"] == 5
-            assert work["flop"] is None
         pipe.backend._executor._recorder = None  # type: ignore[attr-defined]
 
 

@@ -251,6 +251,35 @@ def test_a_ladder_of_precisions(rated: dict[str, Any]) -> None:
         assert found["floor"] == pytest.approx(found["share"] * row["step"]["p50"])
 
 
+def test_what_fails_is_a_row_and_the_rest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a kernel's fault: an error that is none of ours, in the middle of the first rung."""
+    spec = small_spec()
+    small = Drawn("small", spec, lambda where: write_tokenizers(where, spec.text_length))
+    monkeypatch.setitem(MODELS, "small", small)
+    file, begun = tmp_path / "gpu.json", []
+
+    def measure(pipe: KontextPipeline, work: Work, *rest: Any) -> Any:
+        begun.append(work)
+        if len(begun) == 3:
+            raise RuntimeError("CUDA error: an illegal memory access\nwas encountered")
+        if len(begun) == 4:  # of the second rung: the first is on disk
+            assert [row["status"] for row in read(file)["results"]] == whole
+        return edit.measure(pipe, work, *rest)
+
+    monkeypatch.setattr(gpu, "measure", measure)
+    whole = ["measured"] * 2 + ["skipped"] * 3
+    options = ["--spec", "small", "--device", "cpu", "--precision", "fp32,bf16", "--quiet"]
+    options += ["--rounds", "1", "--warmup", "0", "--sustain", "0", "--out", str(file)]
+    assert gpu.main(options) == 1
+    found = read(file)
+    assert [row["status"] for row in found["results"]] == [*whole, *["measured"] * 5]
+    reason = "RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert {row["reason"] for row in found["results"][2:5]} == {reason}
+    assert [w["text"] for w in found["warnings"] if w["kind"] == "failed"] == [reason] * 3
+
+
 def test_the_headline_is_of_the_fastest_single_edit(rated: dict[str, Any]) -> None:
     headline = rated["headline"]
     row = next(r for r in rated["results"] if r["name"] == headline["result"])

@@ -344,6 +344,8 @@ def test_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = environment.git_state()
     assert state["dirty"] is True
     assert [w["kind"] for w in environment.git_warnings(state)] == ["dirty_tree"]
+    monkeypatch.setenv("FLUXKONTEXT_COMMIT", "0" * 40)  # of a copy without history
+    assert environment.git_state() == {"commit": "0" * 40, "dirty": False}
 
 
 def _grid(model: Path) -> Grid:
