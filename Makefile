@@ -11,38 +11,59 @@ lint:
 	$(RUN) ruff format --check .
 	$(RUN) ruff check .
 
-types:
+types: | build/ns
+	$(RUN) mypy
+
+# Where the packages of this checkout are found without being installed.
+build/ns:
 	mkdir -p build/ns
 	ln -sfn ../.. build/ns/fluxkontext
-	$(RUN) mypy
 
 test:
 	$(RUN) pytest
 
-# On a machine with a GPU: whether everything is right there, then how fast; documents go to $(OUT).
-# What fails does not keep the rest from running.
+# On a machine with a GPU: whether everything is right there, then how fast, part by part; documents
+# go to $(OUT). What fails does not keep the rest from running, and nothing needs to be installed. A
+# copy without history says of what commit it is: FLUXKONTEXT_COMMIT=... make gpu
 OUT ?= build/gpu
-# Without torch's pools, which would hide that a kernel reads beyond its tensors.
-SANITIZED = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 $(RUN) pytest \
-	-m "gpu and not large"
+GPU = gpu-tests gpu-kernels gpu-speed gpu-memory gpu-compare gpu-quality
 BENCH = $(PYTHON) -P -m fluxkontext.runtime.cli bench
-gpu:
-	mkdir -p $(OUT)
-	-$(RUN) pytest -m gpu | tee $(OUT)/tests.txt
-	-$(SANITIZED) tests/kernels | tee $(OUT)/sanitizer.txt
+.PHONY: $(GPU)
+gpu: $(GPU)
+
+$(GPU): export PYTHONPATH := $(CURDIR)/build/ns:$(PYTHONPATH)
+$(GPU): | build/ns $(OUT)
+$(OUT):
+	mkdir -p $@
+
+# The second run without torch's pools, which would hide that a kernel reads beyond its tensors.
+gpu-tests:
+	-$(RUN) pytest -m gpu --continue-on-collection-errors | tee $(OUT)/tests.txt
+	-PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 $(RUN) pytest \
+		-m "gpu and not large" tests/kernels | tee $(OUT)/sanitizer.txt
+
+gpu-kernels:
+	-$(BENCH) kernels --out $(OUT)/kernels.json
+
+gpu-speed:
+	-$(BENCH) gpu --out $(OUT)/gpu.json
+
+gpu-memory:
+	-$(BENCH) gpu --sustain 0 --headline --precision fp8:attend=fp8 --vram-budget 14GiB \
+		--out $(OUT)/gpu-14GiB.json
+	-$(BENCH) gpu --sustain 0 --headline --precision nvfp4 --vram-budget 9GiB \
+		--out $(OUT)/gpu-9GiB.json
+
+# The second needs torchao.
+gpu-compare:
+	-$(BENCH) compare --spec full --cold 0 --precision fp8 --kernel attend=fp8 --rounds 5 \
+		--peers diffusers-bf16 --out $(OUT)/compare-fp8-all.json
+	-$(BENCH) compare --spec full --cold 0 --precision fp8 --rounds 5 \
+		--peers diffusers-torchao-fp8 --out $(OUT)/compare-fp8-linears.json
+
+gpu-quality:
 	-$(BENCH) quality --backend native --precision fp32,bf16,fp8,nvfp4 --steps 8 --samples 134 \
 		--chains 0 --batch 64 --out $(OUT)/quality
-	-$(BENCH) kernels --out $(OUT)/kernels.json
-	-$(BENCH) gpu --out $(OUT)/gpu.json
-	-$(BENCH) gpu --sustain 0 --precision fp8:attend=fp8 --vram-budget 14GiB \
-		--out $(OUT)/gpu-14GiB.json
-	-$(BENCH) gpu --sustain 0 --precision nvfp4 --vram-budget 9GiB \
-		--out $(OUT)/gpu-9GiB.json
-	-$(BENCH) compare --spec full --cold 0 --precision fp8 --kernel attend=fp8 \
-		--peers diffusers --out $(OUT)/compare-fp8-all.json
-	-$(BENCH) compare --spec full --cold 0 --precision fp8 \
-		--peers diffusers-torchao-fp8 --out $(OUT)/compare-fp8-linears.json
-	-$(BENCH) report $(OUT)/*.json -o $(OUT)/report.html
 
 # A stale build/lib would put deleted files into the wheel.
 wheel:

@@ -54,9 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     args = _parser().parse_args(argv)
     load = OtherLoad()
+    on_gpu = torch.cuda.is_available() and args.device != "cpu"
+    if args.peers is not None:
+        _possible(args.peers, "cuda" if on_gpu else "cpu")
     with ExitStack() as stack:
         stack.enter_context(threads(args.threads, args.device))
-        drawn, on_gpu = None, torch.cuda.is_available() and args.device != "cpu"
+        drawn = None
         if args.spec == "full" and args.model is None:
             if not on_gpu:
                 raise BackendUnavailableError(
@@ -140,6 +143,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _possible(asked: Sequence[str], device: str) -> None:
+    """Raises InvalidInputError for an unknown name, and BackendUnavailableError where none of these
+    can run: before minutes go into a model that nothing could be compared with."""
+    if unknown := [name for name in asked if name not in NAMES]:
+        raise InvalidInputError(f"peers: expected some of {', '.join(NAMES)}, found {unknown[0]}")
+    reasons = [PEERS[name].missing(device) if name in PEERS else None for name in asked]
+    if all(reasons):
+        found = "; ".join(f"{name}: {why}" for name, why in zip(asked, reasons, strict=True))
+        raise BackendUnavailableError(f"peers: expected one that can run here, found {found}")
+
+
 def _graphs(args: argparse.Namespace, model: Model, stack: ExitStack) -> Path | None:
     """The model as a bundle where ours runs from one: asked for, or the usual way on a CPU."""
     if args.backend in ("native", "tensorrt") and ONNX not in (args.peers or ()):
@@ -164,8 +178,6 @@ def _others(
     """Those that are asked for and can run, and why the rest cannot."""
     another = [] if base.backend == "native" else [NATIVE]
     asked = [MEMO, *another, *PEERS] if args.peers is None else args.peers
-    if unknown := [name for name in asked if name not in NAMES]:
-        raise InvalidInputError(f"peers: expected some of {', '.join(NAMES)}, found {unknown[0]}")
     where = {
         MEMO: (graphs or model.path, base.backend, base.precision),
         NATIVE: (model.path, "native", base.precision),
@@ -177,7 +189,7 @@ def _others(
         if name in where:
             again = ours(name, *where[name], base.device)
             present.append(stack.enter_context(again)[0])
-        elif reason := PEERS[name].missing():
+        elif reason := PEERS[name].missing(base.device):
             absent[name] = reason
         else:
             length = pipe.tokenizer_2.model_max_length

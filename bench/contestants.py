@@ -144,9 +144,8 @@ def peer(known: Peer, model: Model, device: str, text_tokens: int) -> Contestant
         return loaded.edit(work, text_tokens)
 
     def counted(work: Work) -> tuple[Pixels, Json]:
-        expected = known.kernels.get(device.partition(":")[0])
         with (
-            launching(known.name, [expected] if expected else [], device),
+            launching(known.name, known.kernels.get(device.partition(":")[0], ()), device),
             loaded.counted() as done,
         ):
             picture = edit(work)

@@ -178,7 +178,7 @@ def _climbed(
     the others.
     """
     vae = model.spec.vae
-    todo = _works(Grid(2 * vae.downscale, vae.sample_size))
+    todo = _works(Grid(2 * vae.downscale, vae.sample_size))[: 1 if args.headline else None]
     effort = effort_of(args)
     seconds = effort.seconds and effort.seconds / rungs / len(todo)
     disabled = True if args.quiet else None
@@ -319,6 +319,9 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--sustain", type=whole, default=60, metavar="SECONDS", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--headline", action="store_true", help="one edit of 28 steps alone, not the whole suite"
     )
     add_effort(parser, rounds=10, minutes=10, warmup=1)
     return parser

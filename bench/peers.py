@@ -3,7 +3,7 @@
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -25,23 +25,26 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 @dataclass(frozen=True)
 class Peer:
     """A way to run diffusers. adapt: done to its pipeline once. exact: it evaluates the model at
-    every step, as we do. needs: packages, or commands, that may not be there. kernels: what must
-    have run on a ``cpu`` or ``cuda``, as in :func:`.launched.launching`."""
+    every step, as we do. needs: packages, or commands, that may not be there. on: kinds of devices
+    that it runs on. kernels: what must have run there, as in :func:`.launched.launching`."""
 
     name: str
     precision: str = "fp32"
     adapt: Callable[[Any], None] = lambda _: None
     exact: bool = True
     needs: tuple[str, ...] = ()
-    kernels: Mapping[str, str] = field(default_factory=dict)
+    on: tuple[str, ...] = ("cpu", "cuda")
+    kernels: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def plain(self) -> bool:
         """Whether it is diffusers as it comes, in some precision."""
         return not self.needs
 
-    def missing(self) -> str | None:
-        """Why it cannot run here; None if it can."""
+    def missing(self, device: str) -> str | None:
+        """Why it cannot run on a ``device`` here; None if it can."""
+        if (kind := device.partition(":")[0]) not in self.on:
+            return f"runs on {', '.join(self.on)}, not on {kind}"
         for need in ("diffusers", "transformers", *self.needs):
             if find_spec(need) is None and shutil.which(need) is None:
                 return f"not installed: {need}"
@@ -52,10 +55,15 @@ def _compile(pipe: Any) -> None:
     pipe.transformer = torch.compile(pipe.transformer)
 
 
-def _float8(pipe: Any) -> None:
+def _compile_float8(pipe: Any) -> None:
+    """Quantised, with the attention that ours takes on sm_90 and newer, then compiled: what is
+    dynamically quantised is slower than bf16 until its scales are fused."""
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, quantize_
 
     quantize_(pipe.transformer, Float8DynamicActivationFloat8WeightConfig())
+    if pipe.device.type == "cuda" and torch.cuda.get_device_capability(pipe.device) >= (9, 0):
+        pipe.transformer.set_attention_backend("_native_cudnn")
+    _compile(pipe)
 
 
 def _cache(pipe: Any) -> None:
@@ -73,14 +81,15 @@ PEERS = {
             "diffusers-compile",
             adapt=_compile,
             needs=("c++",),
-            kernels={"cpu": "CompiledFxGraph", "cuda": "^triton_"},
+            kernels={"cpu": ["CompiledFxGraph"], "cuda": ["^triton_"]},
         ),
         Peer(
             "diffusers-torchao-fp8",
             "bf16",
-            _float8,
-            needs=("torchao",),
-            kernels={"cpu": "_scaled_mm", "cuda": "_scaled_mm"},
+            _compile_float8,
+            needs=("torchao", "c++"),
+            on=("cuda",),
+            kernels={"cuda": ["^triton_", "_scaled_mm"]},
         ),
         Peer("diffusers-cache-dit", adapt=_cache, exact=False, needs=("cache_dit",)),
     )

@@ -130,6 +130,8 @@ def test_what_cannot_be_compared(small_model: Path) -> None:
     options = ["--model", str(small_model), "--steps", "1", "--backend", "native"]
     with pytest.raises(InvalidInputError, match="found photoshop"):
         compare.main([*options, "--peers", "photoshop"])
+    with pytest.raises(BackendUnavailableError, match="torchao-fp8: runs on cuda, not on cpu"):
+        compare.main([*options, "--peers", "diffusers-torchao-fp8", "--device", "cpu"])
     with pytest.raises(InvalidInputError, match="found two-contexts"):
         compare.main([*options, "--scenario", "two-contexts"])
 
