@@ -25,7 +25,7 @@ def environment(device: str, before: Json | None, after: Json | None) -> Json:
         "os": f"{platform.system()} {platform.release()}",
         "cpu": _cpu_name(),
         "cores": cores(),
-        "threads": torch.get_num_threads() if torch else None,
+        "threads": torch.get_num_threads() if torch else _threads(),
         "ram": _ram(),
         "python": platform.python_version(),
         "torch": _version("torch"),
@@ -99,6 +99,12 @@ def git_warnings(state: Json) -> list[Json]:
     if not state["dirty"]:
         return []
     return [warning("dirty_tree", "the working tree has changes that its commit does not hold")]
+
+
+def _threads() -> int | None:
+    """What libraries that ask the environment use; None: they choose."""
+    named = os.environ.get("OMP_NUM_THREADS", "")
+    return int(named) if named.isdecimal() else None
 
 
 def _version(package: str) -> str | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..runtime.bundle import MANIFEST, digest
 from ..runtime.checkpoint import MINI, find, resolve
@@ -15,9 +16,11 @@ from ..runtime.golden import GOLDEN
 from ..runtime.loader import require
 from ..runtime.tensor_shapes import ModelShapes
 from ..runtime.weights import read_headers
-from .checkpoint_writer import Spec
 from .document import Json, warning
-from .drawn import Drawn
+
+if TYPE_CHECKING:  # they need torch
+    from .checkpoint_writer import Spec
+    from .drawn import Drawn
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,13 @@ class Model:
         return [warning("synthetic_weights", "random weights: the pictures are noise")]
 
 
-def shapes_of(spec: Spec) -> ModelShapes:
+def shapes_of(spec: "Spec") -> ModelShapes:
     """The shapes of the four networks."""
     return ModelShapes(spec.transformer, spec.vae, spec.text_encoder, spec.text_encoder_2)
 
 
 @contextmanager
-def opened(name: str | None, drawn: Drawn | None = None, device: str = "cpu") -> Iterator[Model]:
+def opened(name: str | None, drawn: "Drawn | None" = None, device: str = "cpu") -> Iterator[Model]:
     """``name`` as for ``from_pretrained``. None: what ``drawn`` makes on ``device`` for this block,
     or without that the miniature that comes with the package."""
     if name is None and drawn is not None:

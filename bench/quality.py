@@ -22,6 +22,7 @@ from ..runtime import KontextPipeline
 from ..runtime.about import VERSION
 from ..runtime.commands.parsing import Parser, count
 from ..runtime.errors import InvalidInputError
+from ..runtime.files import whole_file
 from .document import Json, result, write
 from .document import document as common_document
 from .environment import environment, git_state, git_warnings
@@ -65,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     args.out.mkdir(parents=True, exist_ok=True)
     load, rows, device = OtherLoad(), [], args.device
+    with opened(args.model) as model:
+        facts = model.facts
+    git = git_state()
     for precision, pipe in _pipelines(args):
         for steps in args.steps:
             settings = Settings(steps, args.guidance, args.batch)
@@ -75,28 +79,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             if len(document["runs"]) == 1:
                 write_sheets(args.out, answers)
             _print(f"{precision}, {steps} steps", run)
-    document["summary"] = document["runs"][0]["summary"]
-    document["comparisons"] = comparisons(document["runs"], reference)
+            document["summary"] = document["runs"][0]["summary"]
+            document["comparisons"] = comparisons(document["runs"], reference)
+            found = common_document(
+                "quality",
+                SUITE,
+                git=git,
+                command=["fluxkontext", "bench", "quality", *(argv or sys.argv[1:])],
+                model=facts,
+                environment=environment(device, None, None),
+                warnings=[*git_warnings(git), *load.warnings()],
+                results=rows,
+            )
+            with whole_file(args.out / "quality.json") as out:  # after each: the next may fail
+                out.write(json.dumps(document).encode() + b"\n")
+            write(found, args.out / "document.json")
     for line in document["comparisons"]:
         print(json.dumps(line))
-    file = args.out / "quality.json"
-    file.write_text(json.dumps(document) + "\n", encoding="utf-8")
-    print(file)
-    with opened(args.model) as model:
-        facts = model.facts
-    git = git_state()
-    found = common_document(
-        "quality",
-        SUITE,
-        git=git,
-        command=["fluxkontext", "bench", "quality", *(sys.argv[1:] if argv is None else argv)],
-        model=facts,
-        environment=environment(device, None, None),
-        warnings=[*git_warnings(git), *load.warnings()],
-        results=rows,
-    )
-    write(found, args.out / "document.json")
-    print(args.out / "document.json")
+    print(args.out / "quality.json", args.out / "document.json", sep="\n")
     return 0
 
 

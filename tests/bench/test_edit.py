@@ -172,6 +172,18 @@ def test_the_usual_model_is_the_miniature_that_ships() -> None:
         assert model.facts["parameters"] == sum(map(math.prod, headers.shapes.values()))
 
 
+def test_a_bundle_is_measured_without_torch(namespace_env: dict[str, str], tmp_path: Path) -> None:
+    blocked = "import sys; sys.modules['torch'] = None; from fluxkontext.bench.edit import main"
+    command = [sys.executable, "-P", "-c", f"{blocked}; sys.exit(main(sys.argv[1:]))"]
+    command += ["--scenarios", "edit", "--steps", "2", "--rounds", "1", "--warmup", "0"]
+    file = tmp_path / "edit.json"
+    subprocess.run([*command, "--cold", "0", "--out", str(file)], env=namespace_env, check=True)
+    found = read(file)
+    assert found["model"]["name"] == MINI
+    assert found["environment"]["threads"] >= 1
+    assert {row["parameters"]["backend"] for row in found["results"]} == {"onnx"}
+
+
 def test_a_failed_process_says_why(namespace_env: dict[str, str], tmp_path: Path) -> None:
     from fluxkontext.bench.cold import command_of, first_picture
 
