@@ -1,7 +1,10 @@
 """Attention in FP8: products of E4M3 numbers, a softmax in 16 bits between them.
 
-The pattern is the one that TensorRT fuses: scales on queries, keys, values and probabilities
-(TensorRT, demo/Diffusion, ``SD_FP8_BF16_FLUX_MMDIT_BMM2_FP8_OUTPUT_CONFIG``).
+Scales are on queries, keys, values and probabilities (as in TensorRT, demo/Diffusion,
+``SD_FP8_BF16_FLUX_MMDIT_BMM2_FP8_OUTPUT_CONFIG``). It is one node, TensorRT's own operator: a
+pattern of products and a softmax that the compiler does not fuse becomes matrices of all tokens by
+all tokens without a word, where it refuses a node (TensorRT-RTX 1.7 fuses neither for shapes that
+may have fewer than 32 tokens).
 """
 
 import numpy as np
@@ -9,13 +12,15 @@ import onnx_ir as ir
 
 from ..runtime.errors import CheckpointError
 from .calibration import Calibration
+from .quantised_functions import TENSORRT
 from .quantised_graph import constant, fp8_round
 
 _E4M3_MAX = 448.0
 
 
 def quantise_attention(graph: ir.Graph, calibration: Calibration, dtype: ir.DataType) -> None:
-    """Replace every Attention of ``graph``, which computes in ``dtype``, by its parts, in FP8."""
+    """Replace every Attention of ``graph``, which computes in ``dtype``, by one in FP8. Raises
+    CheckpointError if ``calibration`` lacks its inputs."""
     for node in [node for node in graph if node.op_type == "Attention" and not node.domain]:
         block = _block(node)
         q, k, v = node.inputs[:3]
@@ -34,20 +39,16 @@ def quantise_attention(graph: ir.Graph, calibration: Calibration, dtype: ir.Data
             fp8_round(graph, name, x, _scale(graph, f"{name}_scale", largest), dtype)
             for x, name, largest in zip((q, k, v), names, amax, strict=True)
         )
-        width = _head_dim(node)
-        factor = constant(
-            graph,
-            "attention_scale",
-            ir.Tensor(np.array(width**-0.5, dtype.numpy())),
+        mixed = ir.node(
+            "TRT_QuantizedAttention",
+            [q, k, v, None, _scale(graph, f"{block}.p_scale", probability)],
+            {
+                "scale": _head_dim(node) ** -0.5,
+                "normalization_quantize_to_type": int(ir.DataType.FLOAT8E4M3FN),
+            },
+            domain=TENSORRT,
+            name=f"{block}.attention",
         )
-        turned = ir.node("Transpose", [k], {"perm": [0, 1, 3, 2]})
-        logits = ir.node("MatMul", [q, turned.outputs[0]])
-        scaled = ir.node("Mul", [logits.outputs[0], factor])
-        softmax = ir.node("Softmax", [scaled.outputs[0]], {"axis": -1})
-        graph.extend([turned, logits, scaled, softmax])
-        p_scale = _scale(graph, f"{block}.p_scale", probability)
-        p = fp8_round(graph, f"{block}.p", softmax.outputs[0], p_scale, dtype)
-        mixed = ir.node("MatMul", [p, v])
         graph.append(mixed)
         ir.convenience.replace_all_uses_with(node.outputs[0], mixed.outputs[0])
         graph.remove(node, safe=True)

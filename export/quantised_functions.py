@@ -1,4 +1,4 @@
-"""Bodies of the nodes that read NVFP4 and that quantise inputs, where no operator does it."""
+"""Bodies of the nodes that read NVFP4, quantise inputs or attend in FP8, where no operator does."""
 
 from typing import Any
 
@@ -79,10 +79,24 @@ def _tensorrt_blocks(x, scale, axis: int, block_size: int, scale_type: int):  # 
     return op.Cast(scaled, to=_E2M1), op.Squeeze(block_scale, last)
 
 
+@script(_ours, default_opset=op)
+def _tensorrt_attention(  # type: ignore[no-untyped-def]
+    q, k, v, mask, p_scale, scale: float, normalization_quantize_to_type: int
+):
+    """TensorRT's attention whose probabilities are E4M3 under ``p_scale``, for runtimes that lack
+    it: ``q [B, H, S, d]``, ``k`` and ``v [B, H, T, d]``, no ``mask`` -> as ``q``."""
+    logits = op.MatMul(q, op.Transpose(k, perm=[0, 1, 3, 2]))
+    p = op.Softmax(logits * op.CastLike(op.Constant(value_float=scale), logits), axis=-1)
+    zero = op.Cast(op.Constant(value_float=0.0), to=_E4M3)
+    narrow = op.QuantizeLinear(p, p_scale, zero)
+    return op.MatMul(op.CastLike(op.DequantizeLinear(narrow, p_scale), v), v)
+
+
 QUANTISED: dict[tuple[str, str], OnnxFunction[..., Any]] = {
     (DOMAIN, "Nvfp4Weight"): _weight,
     (DOMAIN, "Fp8Rows"): _rows,
     (DOMAIN, "Nvfp4Blocks"): _blocks,
     (TENSORRT, "TRT_FP4DynamicQuantize"): _tensorrt_blocks,
+    (TENSORRT, "TRT_QuantizedAttention"): _tensorrt_attention,
 }
 """(domain, name) -> body."""

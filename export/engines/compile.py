@@ -28,10 +28,10 @@ PLUGINS = "plugins"
 LEVEL = 3
 """Of optimisation: the libraries' own default."""
 _SHORT = 2048
-"""Tokens up to which the transformer's attention may be taken apart where no fused kernel covers it
-(TensorRT-RTX 1.7 has none for one edit with one head at 1024 tokens, and has one at 8704). Beyond,
-it would hold a matrix of all tokens by all tokens, so the build fails instead. The VAE's, with one
-head of 512, always may."""
+"""Tokens up to which the transformer's attention, FP8 or not, may be taken apart where no fused
+kernel covers it (TensorRT-RTX 1.7 has none for one edit with one head at 1024 tokens, and has one
+at 8704). Beyond, it would hold a matrix of all tokens by all tokens, so the build fails instead.
+The VAE's, with one head of 512, always may."""
 _COMPILER = Path(__file__).with_name("compiler.py")
 
 
