@@ -88,8 +88,9 @@ def _attend_range(
             v_scale = tl.load(v_scale_ptr + first // SCALE_BLOCK)
         v = tl.load(v_ptr + key[:, None] * v_token + d[None, :] * v_channel, mask[:, None], 0.0)
         acc, total, top, unit = attend(
-            q, k, v, acc, total, top, unit, scale * k_scale, v_scale, end - first, FP8, RAGGED
-        )
+            q, k, v, acc, total, top, unit, scale * k_scale, v_scale, end - first,
+            FP8, RAGGED, False,
+        )  # fmt: skip
     return acc, total, top, unit
 
 

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_inputs import BLOCK, Fp8Inputs
+from .gemm import summed
 
 _LOG2_E = 1.4426950408889634
 _WEIGHT_BITS = tl.constexpr(8.0)
@@ -33,14 +34,15 @@ class Config:
 
 @triton.jit
 def attend(
-    q, k, v, acc, total, top, unit, scale, v_scale, left, FP8: tl.constexpr, RAGGED: tl.constexpr
-):
+    q, k, v, acc, total, top, unit, scale, v_scale, left,
+    FP8: tl.constexpr, RAGGED: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
     """Take one block of keys into account.
 
     q ``[M, d]``, k ``[d, N]``, v ``[N, d]``. acc ``[M, d]``: the weighted sum of values so far, in
     units of ``unit``, which was the last block's ``v_scale``. total ``[M]``: the sum of weights.
     top ``[M]``: the largest score so far, times ``scale``, which also takes base e to 2. left: how
-    many keys of this block exist, looked at if RAGGED.
+    many keys of this block exist, looked at if RAGGED. TMA: as of :func:`~.gemm.summed`.
     """
     scores = tl.dot(q, k)
     if RAGGED:
@@ -56,7 +58,7 @@ def attend(
         weights = tl.exp2(scores * scale - new_top[:, None])
         acc = acc * shrink[:, None]
     total = total * shrink + tl.sum(weights, axis=1)
-    acc = tl.dot(weights.to(v.dtype), v, acc)
+    acc = summed(weights.to(v.dtype), v, acc, TMA)
     return acc, total, new_top, unit
 
 

@@ -67,8 +67,9 @@ def _attention_tma_kernel(
             else:
                 v = v_desc.load([batch, key, head * D]).reshape(N, D)
             acc, total, top, unit = attend(
-                q, k, v, acc, total, top, unit, factor * k_scale, v_scale, k_tokens - key, FP8, True
-            )
+                q, k, v, acc, total, top, unit, factor * k_scale, v_scale, k_tokens - key,
+                FP8, True, True,
+            )  # fmt: skip
         out = (acc * (unit / total)[:, None]).to(out_desc.dtype)
         out_desc.store([batch, first, head * D], out.reshape(1, M, D))
 

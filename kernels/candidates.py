@@ -159,6 +159,11 @@ def _fp8(situation: Situation) -> str | None:
     return None if chip.fp8 and chip.sm in FP8_CONFIGS else f"sm_{chip.sm} does not multiply FP8"
 
 
+def _linear_fp8(situation: Situation) -> str | None:
+    # Hopper's and Blackwell's shared memory has no room for tiles of float32 results.
+    return _half(situation) or _fp8(situation)
+
+
 def _scaled_mm(situation: Situation) -> str | None:
     if reason := _fp8(situation):
         return reason
@@ -231,7 +236,7 @@ CANDIDATES: Mapping[str, tuple[Candidate, ...]] = {
     "quantize_rows": _triton(quantize_rows, _fp8, quantize_rows_ref),
     "quantize_tensor": _triton(quantize_tensor, _fp8, quantize_tensor_ref),
     "linear_fp8": (
-        Candidate("triton", linear_fp8, _fp8),
+        Candidate("triton", linear_fp8, _linear_fp8),
         Candidate("scaled_mm", linear_fp8_scaled_mm, _scaled_mm),
         Candidate("torch", linear_fp8_ref, _anywhere),
     ),

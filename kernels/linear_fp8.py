@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .chips import Chip, chip_of
-from .gemm import Config, banded
+from .gemm import Config, banded, summed
 from .launch import Launch
 
 
@@ -68,7 +68,7 @@ def _scaled_mm(x: Tensor, x_scale: Tensor, weight: Tensor, w_scale: Tensor, bias
 
 CONFIGS = {
     89: Config(128, 128, 128, warps=8, stages=3),
-    90: Config(128, 256, 128, warps=8, stages=3),
+    90: Config(256, 128, 128, warps=8, stages=3),  # 256 columns spill
     100: Config(128, 256, 128, warps=8, stages=3, specialize=True),
     120: Config(128, 128, 128, warps=8, stages=3),
 }
@@ -129,7 +129,7 @@ def _linear_kernel(
     for start in tl.range(0, K, DEPTH, num_stages=STAGES):
         x = tl.load(x_ptr + start, (start + k < K)[None, :], 0.0)
         w = tl.load(w_ptr + start, (start + k < K)[:, None], 0.0)
-        acc = tl.dot(x, w, acc)
+        acc = summed(x, w, acc, False)
     out = _finished(
         acc, row, column, batch, tokens, columns,
         x_scale_ptr, w_scale_ptr, bias_ptr, x_scale_batch, x_scale_row, w_scale_row,
@@ -167,7 +167,7 @@ def _linear_tma_kernel(
         for start in tl.range(0, K, DEPTH, num_stages=STAGES):
             x = x_from.load([batch, row, start]).reshape(M, DEPTH)
             w = w_from.load([column, start])
-            acc = tl.dot(x, w.T, acc)
+            acc = summed(x, w.T, acc, True)
         out = _finished(
             acc, row, column, batch, rows, columns,
             x_scale, w_scale, bias, scale_batch, scale_row, w_scale_row,
@@ -186,6 +186,7 @@ def launch_linear_fp8(outs: Sequence[Tensor], products: Sequence[Fp8Product], ch
         assert x_scale.shape in ((*x.shape[:2], 1), (1, 1, 1)), x_scale.shape
         assert len(w_scale) == len(products[0].w_scale), "scales of rows and of tensors"
         assert bias.shape == (columns,), bias.shape
+        assert out.itemsize == 2, out.dtype
         assert weight.is_contiguous(), weight.stride()
         assert bias.is_contiguous(), bias.stride()
         assert w_scale.is_contiguous(), w_scale.stride()

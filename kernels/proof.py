@@ -28,6 +28,8 @@ _log = logging.getLogger(__name__)
 
 BATCH, TOKENS, HEADS, ROWS = 2, 37, 3, 96
 """Of the inputs: small, and ragged for every block size. ROWS: of a weight."""
+LONGEST = 5
+"""Widths that the longest product sums over: a single block's, of the stream and its MLP."""
 
 
 def proven(
@@ -222,7 +224,7 @@ def _quantize_tensor(draw: torch.Generator, at: Situation, width: int) -> list[A
 
 
 def _linear_fp8(draw: torch.Generator, at: Situation, width: int) -> list[Any]:
-    products = []
+    products, width = [], LONGEST * width
     for tokens in (TOKENS, TOKENS // 2):
         x, x_scale = quantize_rows_ref(_randn(draw, at, BATCH, tokens, width))
         weight, w_scale = quantize_rows_ref(_randn(draw, at, ROWS, width) / width**0.5)
@@ -232,6 +234,7 @@ def _linear_fp8(draw: torch.Generator, at: Situation, width: int) -> list[Any]:
 
 
 def _linear_w4a16(draw: torch.Generator, at: Situation, width: int) -> list[Any]:
+    width *= LONGEST
     weight = pack(_randn(draw, at, ROWS, width) / width**0.5)
     return [_randn(draw, at, TOKENS, width), weight, _randn(draw, at, ROWS)]
 

@@ -3,7 +3,7 @@
 As shipped (3.6, 3.7) it does bf16 arithmetic on the raw bits, truncates when it rounds to bf16,
 carries wrongly when it rounds to FP8, and has no ``tl.dot_scaled``. The builder below computes in
 float32 whatever numpy has no type for, and rounds as torch does: to nearest, ties to even.
-FP8 saturates, as PTX's ``cvt.rn.satfinite`` does.
+FP8 saturates, as PTX's ``cvt.rn.satfinite`` does, and its products are summed as Hopper does.
 
 ``TRITON_INTERPRET=1`` must be in the environment before triton is imported.
 """
@@ -31,7 +31,10 @@ TORCH = {
 }
 PACKED = (tl.bfloat16, tl.float8e4nv, tl.float8e5)
 """Types that the interpreter keeps as integers, for want of a numpy type."""
+FP8 = (tl.float8e4nv, tl.float8e5)
 BITS = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}
+MMA_DEPTH = 32
+"""FP8 products that one instruction sums."""
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
 
@@ -118,13 +121,23 @@ class CorrectedBuilder(InterpreterBuilder):
         return rounded(np.array([value], np.float32), tl.bfloat16)
 
     def create_dot(
-        self, a: TensorHandle, b: TensorHandle, d: TensorHandle, *precision: object
+        self, a: TensorHandle, b: TensorHandle, d: TensorHandle, precision: object, limit: int
     ) -> TensorHandle:
-        """Products are exact and sums kept in the accumulator's type, as tensor cores do."""
+        """Products are exact and sums kept in the accumulator's type, as tensor cores do, but for
+        FP8. limit: how many of its products may be summed in fewer bits, or 0 for any number."""
         if d.dtype.scalar in PACKED:
             raise NotImplementedError(f"a dot that accumulates in {d.dtype}")
-        product = np.matmul(computable(a), computable(b), dtype=d.data.dtype)
-        return TensorHandle(product + d.data, d.dtype.scalar)
+        left, right = computable(a), computable(b)
+        if a.dtype.scalar not in FP8:
+            product = np.matmul(left, right, dtype=d.data.dtype)
+            return TensorHandle(product + d.data, d.dtype.scalar)
+        if limit not in (0, left.shape[1]):
+            raise NotImplementedError(f"sums of {limit} of {left.shape[1]} products")
+        summed = np.zeros_like(d.data) if limit else d.data
+        for k in range(0, left.shape[1], MMA_DEPTH):
+            step = slice(k, k + MMA_DEPTH)
+            summed = shortened(summed + np.matmul(left[:, step], right[step], dtype=np.float32))
+        return TensorHandle(summed + d.data if limit else summed, d.dtype.scalar)
 
     def create_dot_scaled(
         self,
@@ -146,6 +159,12 @@ class CorrectedBuilder(InterpreterBuilder):
         right = operand(b, b_format, axis=0).T
         right = (right * repeated(b_scale, right.shape[1])).T
         return TensorHandle(np.matmul(left, right, dtype=np.float32) + acc.data, tl.float32)
+
+
+def shortened(sums: Array) -> Array:
+    """float32 ``sums`` as an accumulator of FP8 products holds them on Ada and Hopper: 13 bits
+    behind the point, the rest cut off (SageAttention2, arXiv 2411.10958, 3.4)."""
+    return (sums.view(np.int32) & ~0x3FF).view(np.float32)
 
 
 def operand(handle: TensorHandle, kind: object, axis: int = 1) -> Array:

@@ -52,6 +52,14 @@ def test_a_gpu_gets_kernels() -> None:
 
 
 @pytest.mark.usefixtures("_h100")
+def test_fp8_layers_with_wide_results_do_without_the_kernel() -> None:
+    """Its tiles of float32 do not fit into shared memory."""
+    chosen = ops(select(GPU, torch.float32))
+    assert chosen["linear_fp8"] == "torch"
+    assert chosen["quantize_rows"] == "triton"
+
+
+@pytest.mark.usefixtures("_h100")
 def test_flash_attention_3_comes_first_where_it_is_installed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

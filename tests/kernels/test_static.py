@@ -2,12 +2,15 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from typing import Any
 
 import pytest
 
+from fluxkontext.bench.kernel_cases import launches
+from fluxkontext.kernels.ahead import build_for
 from fluxkontext.kernels.chips import CHIPS
 
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -32,3 +35,12 @@ def test_every_kernel_compiles_and_fits(rows: Rows, chip: int) -> None:
     faulty = [f"{row['kernel']}: {fault}" for row in here for fault in row["faults"]]
     assert here
     assert not faulty, "\n".join(faulty)
+
+
+@pytest.mark.parametrize("sm", [89, 90, 120])
+def test_sums_of_fp8_products_are_added_in_registers(sm: int) -> None:
+    """A thread adds its part of a tile after every step: the compiler has not folded that away."""
+    launch = dict(launches(CHIPS[sm]))["linear_fp8 rows"]
+    found = re.findall(r"\badd\.f32(x2)?\s", build_for(launch, CHIPS[sm]).asm["ptx"])
+    adds = sum(2 if pair else 1 for pair in found)
+    assert adds >= launch.args["M"] * launch.args["N"] // (32 * launch.warps)

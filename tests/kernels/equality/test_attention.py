@@ -19,6 +19,7 @@ from fluxkontext.kernels.attention_inputs import (
     Fp8Inputs,
     attention_inputs_ref,
     launch_attention_inputs,
+    quantize_attention_ref,
 )
 from fluxkontext.kernels.chips import Chip
 from fluxkontext.kernels.norm_rope import qk_norm_rope_ref, rope_table
@@ -142,6 +143,18 @@ def test_fp8_of_some_queries(chip: Chip, device: torch.device) -> None:
     some = replace(inputs, q=inputs.q[:, 128:], q_scale=inputs.q_scale[:, :, 1:])
     launch_attention_fp8(part, some, chip)()
     assert torch.equal(part, whole[:, 128:])
+
+
+def test_fp8_of_many_keys(chip: Chip, device: torch.device) -> None:
+    """Values of one sign, nearly equal weights: the sum grows with every key."""
+    if not chip.fp8:
+        pytest.skip("no FP8 tensor cores")
+    q, k, v = heads(1, 8192, 1, 64, torch.empty(0, dtype=torch.bfloat16, device=device))
+    q, v, out = q[:, :9], v + 4, torch.empty(1, 9, 64).to(v)
+    inputs = quantize_attention_ref(q, k, v)
+    launch_attention_fp8(out, inputs, chip)()
+    truth = attention_ref(q.double(), k.double(), v.double())
+    compare(out, attention_fp8_ref(inputs, q.dtype), truth)
 
 
 def projection(

@@ -23,7 +23,8 @@ SHAPES = [
     pytest.param(2, [37], 208, 136, id="ragged"),
     pytest.param(2, [13, 137], 144, 264, id="two streams"),
     pytest.param(1, [200, 1], 32, 40, id="long stream first"),
-    pytest.param(1, [128, 128], 128, 256, id="full tiles"),
+    pytest.param(1, [256, 256], 128, 256, id="full tiles"),
+    pytest.param(1, [5], 15360, 8, id="long sums"),
     pytest.param(1, [512, 8192], 3072, 9216, id="full size", marks=pytest.mark.large),
 ]
 
