@@ -217,10 +217,12 @@ def _config_of(
 ) -> Any:
     """From its JSON; else from the tensors; else, for renamed ones, the published shape."""
     kind = KINDS[part].config
+    if config is None and layout == "diffusers":
+        if not (beside := config_beside(weights)).is_file():
+            return kind()
+        config = read_json(beside)
     if config is not None:
         return kind.from_json(config)
-    if layout == "diffusers":
-        return kind()
     try:
         return kind.from_shapes(weights.shapes)
     except (KeyError, IndexError, ValueError, ZeroDivisionError):
@@ -228,6 +230,11 @@ def _config_of(
             f"{part}: expected all tensors of a FLUX {part}, found only some of them, such as "
             f"{_first_names(weights)}"
         ) from None
+
+
+def config_beside(weights: WeightIndex) -> Path:
+    """Where diffusers puts the configuration of a network's weights; it need not be there."""
+    return next(iter(weights.tensors.values())).file.with_name("config.json")
 
 
 def _locate(layout: str, config: object) -> Locate:
@@ -239,7 +246,10 @@ def _locate(layout: str, config: object) -> Locate:
 
 
 def _part_of(path: Path, part: str) -> Path:
-    """A part may be named by its own folder or by the model folder that has it."""
+    """A part may be named by its own folder, by the model folder that has it, or by a file: of a
+    tokenizer, its first one."""
+    if part in TOKENIZERS and path.name in ("vocab.json", "tokenizer.json"):
+        return path.parent
     return path / part if (path / part).is_dir() else path
 
 

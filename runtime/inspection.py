@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .bundle import MANIFEST, read_manifest
-from .checkpoint import KINDS, TOKENIZERS, Component, open_component, recognise
+from .checkpoint import KINDS, TOKENIZERS, Component, config_beside, open_component, recognise
 from .errors import CheckpointError
 from .images import open_picture, read_settings
 from .weights import WeightIndex, read_headers
@@ -68,9 +68,11 @@ def _single_file(path: Path) -> dict[str, Any]:
 
 
 def _network(component: Component[Any]) -> dict[str, Any]:
+    """Renamed tensors do not tell a configuration: without its file it is not known."""
+    known = component.layout != "diffusers" or config_beside(component.weights).is_file()
     return {
         "layout": component.layout,
-        "config": asdict(component.config),
+        **({"config": asdict(component.config)} if known else {}),
         **_tensors(component.weights),
         "quantised": len(component.weights.scales),
         **({"recipe": component.weights.recipe} if component.weights.recipe else {}),

@@ -93,6 +93,26 @@ def test_a_part_may_lie_elsewhere(model: Path, small_model: Path, part: str) -> 
             KontextPipeline.from_pretrained(model, **{part: source}).close()
 
 
+@pytest.mark.parametrize(
+    ("part", "file"),
+    [
+        ("vae", "diffusion_pytorch_model.safetensors"),
+        ("tokenizer", "vocab.json"),
+        ("tokenizer_2", "tokenizer.json"),
+    ],
+)
+def test_a_file_may_stand_for_its_folder(
+    small_model: Path, single_file: Path, part: str, file: str
+) -> None:
+    """A network's weights have their configuration beside them, a tokenizer its other files."""
+    whole: dict[str, Any] = dict.fromkeys(PARTS[1:], small_model)
+    found, wanted = (
+        find(single_file, parts) for parts in (whole | {part: small_model / part / file}, whole)
+    )
+    assert (found.tokenizer, found.tokenizer_2) == (wanted.tokenizer, wanted.tokenizer_2)
+    assert found.vae.config == wanted.vae.config
+
+
 def test_a_single_file_lists_exactly_what_it_lacks(single_file: Path, small_model: Path) -> None:
     problem = problem_of(lambda: KontextPipeline.from_pretrained(single_file))
     assert problem == (
