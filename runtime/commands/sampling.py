@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from ..checkpoint import MINI
+from ..errors import InvalidInputError
 from .parsing import Parser, add_parts, count, given_parts, kernel, size
 
 
@@ -22,7 +23,7 @@ def options() -> Parser:
         "(default: %(default)s, which comes with the package)",
     )
     add_parts(options)
-    options.add_argument("--backend", default="auto", help="auto, onnx or native")
+    options.add_argument("--backend", default="auto", help="auto, onnx, native or tensorrt")
     options.add_argument(
         "--verify",
         default="once",
@@ -47,7 +48,13 @@ def options() -> Parser:
     options.add_argument("--steps", type=count, default=28, help="default: %(default)s")
     options.add_argument("--guidance", type=float, default=2.5, help="default: %(default)s")
     options.add_argument("--negative-prompt", help="what to avoid; needs --true-cfg above 1")
-    options.add_argument("--true-cfg", type=float, default=1.0, metavar="SCALE")
+    options.add_argument(
+        "--true-cfg",
+        type=float,
+        default=1.0,
+        metavar="SCALE",
+        help="above 1: away from --negative-prompt",
+    )
     options.add_argument("--seed", type=int, help="default: a new one, reported")
     options.add_argument(
         "--size",
@@ -70,6 +77,20 @@ def _size_or_auto(text: str) -> tuple[int, int] | None:
     return None if text == "auto" else size(text, ", or auto")
 
 
+def _check_guidance(negative_prompt: str | None, scale: float) -> None:
+    """Either alone changes nothing, which is not what was asked for."""
+    if negative_prompt is None and scale != 1:
+        raise InvalidInputError(
+            "--true-cfg: expected --negative-prompt beside it, found none; "
+            "say what to avoid, or leave --true-cfg out"
+        )
+    if negative_prompt is not None and not scale > 1:
+        raise InvalidInputError(
+            f"--negative-prompt: expected --true-cfg above 1 beside it, found {scale:g}; "
+            "add such as --true-cfg 4, or leave --negative-prompt out"
+        )
+
+
 def run(args: argparse.Namespace) -> None:
     """Load the model, make the pictures, write and name them."""
     from ..images import check_output, read_picture
@@ -78,6 +99,7 @@ def run(args: argparse.Namespace) -> None:
 
     for output in numbered(args.output, args.num_images):
         check_output(output)  # before any work is done
+    _check_guidance(args.negative_prompt, args.true_cfg)
     images = [read_picture(path) for path in args.images]
     width, height = args.size or (None, None)
 
@@ -110,7 +132,7 @@ def run(args: argparse.Namespace) -> None:
             deadline=args.deadline,
             progress=not args.quiet and not args.json and sys.stderr.isatty(),
         )
-    outputs = result.save(args.output, metadata=not args.no_metadata)
+        outputs = result.save(args.output, metadata=not args.no_metadata)
     if args.json:
         report = {
             "outputs": [str(output) for output in outputs],

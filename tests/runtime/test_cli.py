@@ -143,6 +143,23 @@ def test_a_negative_prompt(run: Run, edit: list[object], tmp_path: Path) -> None
     assert (tmp_path / "out.png").read_bytes() != plain
 
 
+def test_pictures_are_saved_before_the_model_goes(
+    run: Run, edit: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fluxkontext.runtime import KontextPipeline
+
+    left: list[bool] = []
+    close = KontextPipeline.close
+
+    def watched(pipe: KontextPipeline) -> None:
+        left.append((tmp_path / "out.png").is_file())
+        close(pipe)
+
+    monkeypatch.setattr(KontextPipeline, "close", watched)
+    assert run(*edit)[0] == 0
+    assert left == [True]
+
+
 def test_parts_from_elsewhere(
     run: Run, edit: list[object], small_model: Path, tmp_path: Path
 ) -> None:
@@ -179,6 +196,11 @@ def test_inspect_a_single_file(run: Run, small_model: Path, tmp_path: Path) -> N
     assert facts["kind"] == "single file"
     assert list(facts["networks"]) == ["transformer"]
     assert facts["metadata"] == {"format": "pt"}
+    whole = json.loads(run("inspect", small_model, "--json")[1])
+    assert facts["networks"]["transformer"] == whole["networks"]["transformer"]
+    alone = Path(shutil.copy(file, tmp_path))
+    facts = json.loads(run("inspect", alone, "--json")[1])
+    assert "config" not in facts["networks"]["transformer"]
     other = tmp_path / "other.safetensors"
     save_file({"a": torch.ones(2, 3, dtype=torch.int64), "b": torch.ones(5).bool()}, other)
     facts = json.loads(run("inspect", other, "--json")[1])
@@ -268,7 +290,11 @@ def test_usage(run: Run, arguments: list[str]) -> None:
         (["--seed", "seven"], "--seed"),
         (["--guidance", "nan"], "guidance_scale"),
         (["--guidance", "strong"], "--guidance"),
-        (["--true-cfg", "inf"], "true_cfg_scale"),
+        (["--true-cfg", "inf", "--negative-prompt", "blue"], "true_cfg_scale"),
+        (["--true-cfg", "4"], "--true-cfg: expected --negative-prompt beside it, found none"),
+        (["--true-cfg", "0.5"], "--true-cfg: expected --negative-prompt"),
+        (["--negative-prompt", "blue"], "--negative-prompt: expected --true-cfg above 1 beside it"),
+        (["--negative-prompt", "blue", "--true-cfg", "nan"], "above 1 beside it, found nan"),
         (["--deadline", "0"], "deadline"),
         (["--deadline", "nan"], "deadline"),
         (["--context-layout", "sideways"], "--context-layout"),
