@@ -94,29 +94,38 @@ def open_safetensors(file: Path, framework: str) -> Any:
 
 
 def find_files(folder: Path) -> list[Path]:
-    """The safetensors files of a component's folder: the shards of its index, or one file."""
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    if indices:
-        index = read_json(indices[0])
-        shards = index.get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
-            raise CheckpointError(f"{indices[0]}: expected a weight_map of file names, found none")
-        files = sorted({folder / shard for shard in shards.values()})
-        if outside := [f.name for f in files if f.parent != folder]:
-            raise CheckpointError(f"{indices[0]}: expected shards beside it, found {outside[0]}")
-        if missing := [file.name for file in files if not file.exists()]:
-            raise CheckpointError(
-                f"{indices[0]}: expected {len(files)} shards, found no {', '.join(missing)}; "
-                "download them into the same folder"
-            )
-        return files
+    """The safetensors files of a component's folder: the shards of its index, or one file.
+
+    The usual names come first: beside them may lie a variant, such as ``model.fp16.safetensors``.
+    """
     for name in ("diffusion_pytorch_model.safetensors", "model.safetensors"):
+        if (index := folder / f"{name}.index.json").exists():
+            return _shards(index)
         if (folder / name).exists():
             return [folder / name]
+    indices = sorted(folder.glob("*.safetensors.index.json"))
     files = sorted(folder.glob("*.safetensors"))
-    if len(files) != 1:
-        found = ", ".join(file.name for file in files) or "none"
+    if len(indices) == 1:
+        return _shards(indices[0])
+    if indices or len(files) != 1:
+        found = ", ".join(file.name for file in indices or files) or "none"
         raise CheckpointError(f"{folder}: expected one safetensors file or an index, found {found}")
+    return files
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names."""
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
+        raise CheckpointError(f"{index}: expected a weight_map of file names, found none")
+    files = sorted({index.parent / shard for shard in shards.values()})
+    if outside := [file.name for file in files if file.parent != index.parent]:
+        raise CheckpointError(f"{index}: expected shards beside it, found {outside[0]}")
+    if missing := [file.name for file in files if not file.exists()]:
+        raise CheckpointError(
+            f"{index}: expected {len(files)} shards, found no {', '.join(missing)}; "
+            "download them into the same folder"
+        )
     return files
 
 

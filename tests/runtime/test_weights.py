@@ -287,6 +287,27 @@ def test_an_index_that_names_a_missing_shard(tmp_path: Path) -> None:
         find_files(tmp_path)
 
 
+@pytest.mark.parametrize("sharded", [True, False])
+@pytest.mark.parametrize("variant", ["diffusion_pytorch_model.fp16", "a", "z"])
+def test_the_usual_name_comes_before_variants(sharded: bool, variant: str, tmp_path: Path) -> None:
+    """Whichever is first in the alphabet, and whichever has shards."""
+    for name in (variant, "diffusion_pytorch_model"):
+        file = tmp_path / f"{name}.safetensors"
+        if sharded or name == variant:
+            index = {"weight_map": {"a": f"{name}-1.safetensors"}}
+            (tmp_path / f"{name}.safetensors.index.json").write_text(json.dumps(index))
+            file = tmp_path / f"{name}-1.safetensors"
+        save_file(STATE, file)
+    assert find_files(tmp_path) == [file]
+
+
+def test_one_of_several_variants_is_not_guessed(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.safetensors.index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"found a\.safetensors\.index\.json, b\.safe"):
+        find_files(tmp_path)
+
+
 @pytest.mark.parametrize(
     "shard", ["../other.safetensors", "/etc/passwd", "", ".", "a/b.safetensors"]
 )
