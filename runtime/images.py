@@ -16,8 +16,8 @@ from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from .errors import BackendUnavailableError, InvalidInputError, KontextError
 from .files import whole_file
 
-MAX_PIXELS = 2**28
-"""Pictures of more pixels (268 million) are refused: a decompression bomb, or a mistake."""
+MAX_PIXELS = 178_956_970
+"""Pictures of more pixels are refused, as Pillow does: a decompression bomb, or a mistake."""
 METADATA_KEY = "fluxkontext"
 """The PNG text chunk that holds a result's settings as JSON."""
 
@@ -28,11 +28,16 @@ Pixels = NDArray[np.uint8]
 def open_picture(path: str | os.PathLike[str]) -> Image.Image:
     """Open an image file, without decoding it yet."""
     try:
-        with warnings.catch_warnings():  # Pillow warns at 89 megapixels; our own limit follows
+        with warnings.catch_warnings():  # Pillow warns at half the limit already
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             return Image.open(path)
     except FileNotFoundError:
         raise InvalidInputError(f"{path}: expected an image file, found none") from None
+    except Image.DecompressionBombError:
+        raise InvalidInputError(
+            f"{path}: expected at most {MAX_PIXELS / 1e6:.0f} megapixels, found more; "
+            "scale it down first"
+        ) from None
     except UnidentifiedImageError:
         raise InvalidInputError(
             f"{path}: expected an image (PNG, JPEG, WebP ...), found something else"
