@@ -65,6 +65,8 @@ class Backend(Protocol):
     """What else to know of it, for :attr:`KontextPipeline.about`: its kernels, say."""
     leaves: bool
     """Whether pictures can stay on a GPU."""
+    text_features: tuple[int, int]
+    """Of a prompt: how many its pooled vector has, and how many each of its tokens."""
 
     def encode_text(self, prompt: TokenIds | Embeddings) -> Handle:
         """Text conditioning of one prompt."""

@@ -19,6 +19,7 @@ from .contract import TensorSpec
 from .errors import CheckpointError, CorruptedError
 from .files import cache_folder, locked, whole_file
 from .geometry import Grid
+from .recipes import RECIPES
 
 MANIFEST = "manifest.json"
 ENGINES = "engines"
@@ -73,6 +74,11 @@ class Bundle:
                 "quantise with --recipe fp8-static, or use --backend native"
             ) from None
 
+    def named_precision(self, flavour: str) -> str:
+        """What a user calls it: how the weights are stored, or what the graphs compute in."""
+        computed = self.precision(flavour)
+        return RECIPES[self.recipe].precision if self.recipe else computed
+
     @property
     def recipe(self) -> str | None:
         """How the weights are quantised (:mod:`.recipes`); None if they are not."""
@@ -90,6 +96,12 @@ class Bundle:
         return {
             key: TensorSpec(spec["dtype"], tuple(spec["shape"])) for key, spec in inputs.items()
         }
+
+    @property
+    def text_features(self) -> tuple[int, int]:
+        """Of a prompt: of its pooled vector, and of each of its tokens."""
+        pooled = self.inputs("modulation")["pooled"].shape[-1]
+        return int(pooled), int(self.inputs("transformer")["text"].shape[-1])
 
     def weight_bytes(self, name: str) -> int:
         """How much of the files a component's graph refers to."""

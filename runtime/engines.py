@@ -136,21 +136,41 @@ def _x(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "a number"
 
 
-def why_not_here(manifest: Mapping[str, Any], device: str) -> str | None:
-    """Why no qualified engine of a bundle runs on ``device`` of this machine; None if one does."""
+def gpu_at(device: str) -> tuple[int, Gpu]:
+    """The number of a device, and the GPU; ``auto`` and ``cuda`` are the first.
+
+    Raises BackendUnavailableError for anything else than ``cuda:N``, or where there is none.
+    """
+    kind, _, number = device.partition(":")
+    if kind not in ("auto", "cuda") or not (number.isdecimal() or device in ("auto", "cuda")):
+        raise BackendUnavailableError(
+            f"device: expected auto, cuda or cuda:N for engines, found {device}"
+        )
+    from .cuda import gpus
+
+    found, index = gpus(), int(number or 0)
+    if index >= len(found):
+        raise BackendUnavailableError(
+            f"device: expected one of cuda:0 to cuda:{len(found) - 1}, found {device}"
+        )
+    return index, found[index]
+
+
+def why_not_here(manifest: Mapping[str, Any], device: str, precision: str) -> str | None:
+    """Why no qualified engine of a bundle runs on ``device`` of this machine in ``precision``
+    (``auto`` is its own); None if one does."""
     if not manifest.get("engines"):
         return "the bundle has no engines"
     try:
-        from .cuda import gpus
-
-        found = gpus()
-        gpu = found[min(int(device.partition(":")[2] or 0), len(found) - 1)]
+        _, gpu = gpu_at(device)
         versions = {library: it.version for library, it in installed().items()}
-        choose_set(manifest, gpu, versions, qualified=True)
+        _, entry = choose_set(manifest, gpu, versions, qualified=True)
     except ImportError:
         return "cuda-bindings is not installed"
     except (BackendUnavailableError, EngineMismatchError) as error:
         return str(error)
+    if precision not in ("auto", entry["precision"]):
+        return f"its engines are of precision {entry['precision']}, asked for is {precision}"
     return None
 
 

@@ -55,10 +55,11 @@ def load(
     choice("backend", backend, BACKENDS)
     choice("verify", verify, VERIFY)
     root = resolve(model)
-    is_bundle = root.is_dir() and (root / MANIFEST).is_file() and not parts
+    has_manifest = root.is_dir() and (root / MANIFEST).is_file()
+    is_bundle = has_manifest and not parts
     chosen, reason = backend, "asked for"
     if backend == "auto":
-        chosen, reason = _choose(root, is_bundle, device)
+        chosen, reason = _choose(root, is_bundle, device, precision)
     if limit is not None and chosen != "native":
         raise BackendUnavailableError(
             f"vram_budget: expected the native backend, which alone keeps to one, found {chosen}; "
@@ -75,6 +76,11 @@ def load(
             "engines alone; use backend tensorrt, or the bundle that it was packed from"
         )
     if chosen != "native":
+        if has_manifest and parts:
+            raise BackendUnavailableError(
+                f"{model}: expected a bundle's own parts for the {chosen} backend, found "
+                f"{', '.join(parts)} from elsewhere; leave them out, or use backend native"
+            )
         if not is_bundle:
             raise BackendUnavailableError(
                 f"{model}: expected a bundle for the {chosen} backend, found a checkpoint; "
@@ -93,22 +99,24 @@ def load(
     return loaded
 
 
-def _choose(root: Path, is_bundle: bool, device: str) -> tuple[str, str]:
-    """The fastest backend that is installed: engines that have passed on this GPU, native on a GPU,
-    else the graphs of a bundle."""
+def _choose(root: Path, is_bundle: bool, device: str, precision: str) -> tuple[str, str]:
+    """The fastest backend that is installed and has the precision: engines that have passed on this
+    GPU, native on a GPU, else the graphs of a bundle."""
     has_torch, has_onnx = find_spec("torch") is not None, find_spec("onnxruntime") is not None
     if not is_bundle:
-        return "native", "a checkpoint without graphs"
-    manifest = read_manifest(root)
-    if is_packed(manifest):
+        return "native", "a checkpoint, or parts of several"
+    bundle = Bundle(root, read_manifest(root))
+    if bundle.packed:
         return "tensorrt", "a bundle of engines alone"
     if device != "cpu" and _has_nvidia_driver():
-        reason = why_not_here(manifest, device)
+        reason = why_not_here(bundle.manifest, device, precision)
         if reason is None:
             return "tensorrt", "engines that passed on this GPU"
         _log.info("%s: not the tensorrt backend: %s", root, reason)
     if has_torch and device != "cpu" and _has_nvidia_driver():
         return "native", "a GPU and torch"
+    if has_torch and precision not in ("auto", bundle.named_precision("cpu")):
+        return "native", f"a bundle whose graphs do not compute in {precision}"
     if has_onnx or not has_torch:
         return "onnx", "a bundle"
     return "native", "a bundle, but no onnxruntime"
@@ -150,11 +158,13 @@ def open_backend(
 def _from_bundle(name: str, bundle: Bundle, chosen: str, device: str, precision: str) -> Loaded:
     manifest = bundle.manifest
     vae = dict(manifest["vae"])
+    tokenizer = load_tokenizer(bundle.root / "tokenizer", 77)
+    tokenizer_2 = load_tokenizer(bundle.root / "tokenizer_2", 512)
     return Loaded(
         name,
         open_backend(chosen, bundle, device, precision),
-        load_tokenizer(bundle.root / "tokenizer", 77),
-        load_tokenizer(bundle.root / "tokenizer_2", 512),
+        tokenizer,
+        tokenizer_2,
         VaeConfig(**{**vae, "block_out_channels": tuple(vae["block_out_channels"])}),
         SchedulerConfig(**manifest["scheduler"]),
     )

@@ -197,7 +197,8 @@ class KontextPipeline:
         steps = whole("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
         base_sigmas = None if sigmas is None else unshifted(sigmas)
         check_seeds(seed)
-        texts = texts_of(prompt, prompt_2, prompt_embeds, pooled_prompt_embeds)
+        features = self.backend.text_features
+        texts = texts_of(prompt, prompt_2, prompt_embeds, pooled_prompt_embeds, features)
         negatives: list[Text] = []
         if true_cfg_scale > 1 and not (negative_prompt is None and negative_prompt_embeds is None):
             negatives = texts_of(
@@ -205,6 +206,7 @@ class KontextPipeline:
                 negative_prompt_2,
                 negative_prompt_embeds,
                 negative_pooled_prompt_embeds,
+                features,
                 "negative_prompt",
             )
         jobs = [

@@ -38,9 +38,17 @@ class Edit:
 
 
 def texts_of(
-    prompt: Any, prompt_2: Any, embeds: Any, pooled: Any, label: str = "prompt"
+    prompt: Any,
+    prompt_2: Any,
+    embeds: Any,
+    pooled: Any,
+    features: tuple[int, int],
+    label: str = "prompt",
 ) -> list[Text]:
-    """The texts of a call, from strings or from embeddings; exactly one of the two is given."""
+    """The texts of a call, from strings or from embeddings; exactly one of the two is given.
+
+    features: that the model takes, of a pooled vector and of a token.
+    """
     if (prompt is None) == (embeds is None):
         raise InvalidInputError(
             f"{label}: expected either {label} or {label}_embeds, found {_which(prompt)}"
@@ -55,15 +63,22 @@ def texts_of(
         return [Prompt(a, b) for a, b in zip(first, second, strict=True)]
     if prompt_2 is not None:
         raise InvalidInputError(f"{label}_2: expected none beside {label}_embeds, found one")
-    tokens, vectors = (
-        _floats(embeds, f"{label}_embeds", 3),
-        _floats(pooled, f"pooled_{label}_embeds", 2),
-    )
+    pooled_label = label.replace("prompt", "pooled_prompt_embeds")
+    vectors = _floats(pooled, pooled_label, 2)
+    tokens = _floats(embeds, f"{label}_embeds", 3)
     if len(tokens) != len(vectors) or not len(tokens):
         raise InvalidInputError(
-            f"{label}_embeds: expected as many as pooled_{label}_embeds and at least one, "
+            f"{label}_embeds: expected as many as {pooled_label} and at least one, "
             f"found {len(tokens)} and {len(vectors)}"
         )
+    for name, array, takes in zip(
+        (pooled_label, f"{label}_embeds"), (vectors, tokens), features, strict=True
+    ):
+        if array.shape[-1] != takes:
+            raise InvalidInputError(
+                f"{name}: expected {takes} features, found {array.shape[-1]}; they are of another "
+                "model's text encoders"
+            )
     return [Embeddings(v, t) for v, t in zip(vectors, tokens, strict=True)]
 
 

@@ -14,7 +14,7 @@ from ..backend import Batch, Embeddings, Floats, TokenIds
 from ..budget import Budget
 from ..checkpoint import Checkpoint, Component
 from ..device_memory import memory_errors
-from ..errors import BackendUnavailableError, InvalidInputError, KontextError
+from ..errors import BackendUnavailableError, KontextError
 from ..executor import MAX_GRAPHS, Branch, Edit, Executor, Run
 from ..geometry import Size
 from ..images import Pixels
@@ -115,6 +115,7 @@ class NativeBackend:
     ) -> None:
         """Choose the kernels and load the networks."""
         dtype, shape = self._dtype, checkpoint.transformer.config
+        self.text_features = (shape.vec_in_dim, shape.context_in_dim)
         channels = checkpoint.vae.config.block_out_channels
         try:
             ops = proven(
@@ -141,13 +142,6 @@ class NativeBackend:
     @on_device
     def encode_text(self, prompt: TokenIds | Embeddings) -> Text:
         if isinstance(prompt, Embeddings):
-            shape = self._flux.config
-            for label, found, takes in (
-                ("prompt_embeds", prompt.tokens.shape[-1], shape.context_in_dim),
-                ("pooled_prompt_embeds", prompt.pooled.shape[-1], shape.vec_in_dim),
-            ):
-                if found != takes:
-                    raise InvalidInputError(f"{label}: expected {takes} features, found {found}")
             return Text(self._tensor(prompt.pooled)[None], self._tensor(prompt.tokens)[None])
         clip = torch.from_numpy(prompt.clip)[None].to(self._device)
         t5 = torch.from_numpy(prompt.t5)[None].to(self._device)

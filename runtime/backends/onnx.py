@@ -19,7 +19,6 @@ from ..bundle import Bundle
 from ..errors import BackendUnavailableError, CheckpointError, KontextError, OutOfMemoryError
 from ..geometry import Size, pack
 from ..images import Pixels
-from ..recipes import RECIPES
 
 _FOLD_LIMIT = 2**30
 """Weights beyond so many bytes are not cast ahead of time: that would hold them twice. Quantised
@@ -69,14 +68,13 @@ class OnnxBackend:
         self.device = _choose_device(device)
         flavour = "cpu" if self.device == "cpu" else "gpu"
         recipe = bundle.recipe
-        self.precision = bundle.precision(flavour)
-        if recipe:  # what a user calls it is how its weights are stored
-            self.precision = RECIPES[recipe].precision
+        self.precision = bundle.named_precision(flavour)
+        self.text_features = bundle.text_features
         self.details: Mapping[str, str] = {"recipe": recipe} if recipe else {}
         if precision not in ("auto", self.precision):
             raise BackendUnavailableError(
                 f"precision: expected {self.precision}, that of the bundle's {flavour} graphs, "
-                f"found {precision}; export the checkpoint anew for another"
+                f"found {precision}; use precision auto, or backend native for another"
             )
         self._open: Callable[[str], Session] = lambda name: Session(
             bundle.graph(name, flavour),

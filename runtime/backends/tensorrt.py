@@ -15,8 +15,8 @@ import numpy as np
 from ..backend import Batch, Embeddings, Floats, TokenIds
 from ..bundle import Bundle
 from ..contract import GRAPHS, STEPS
-from ..cuda import Buffer, Stream, gpus
-from ..engines import choose_set, installed
+from ..cuda import Buffer, Stream
+from ..engines import choose_set, gpu_at, installed
 from ..errors import BackendUnavailableError, KontextError
 from ..files import cache_folder
 from ..geometry import pack
@@ -48,17 +48,11 @@ class TensorRtBackend:
     ) -> None:
         """Load the engines that fit. device: ``auto``, ``cuda``, ``cuda:1``; precision: ``auto`` or
         their own; qualified: refuse engines that doctor has not passed on this GPU."""
-        index = _index(device)
-        found = gpus()
-        if index >= len(found):
-            raise BackendUnavailableError(
-                f"device: expected one of cuda:0 to cuda:{len(found) - 1}, found {device}"
-            )
+        index, self.gpu = gpu_at(device)
         versions = {library: it.version for library, it in installed().items()}
-        self.set_name, entry = choose_set(
-            bundle.manifest, found[index], versions, qualified=qualified
-        )
-        self.device, self.gpu = f"cuda:{index}", found[index]
+        self.set_name, entry = choose_set(bundle.manifest, self.gpu, versions, qualified=qualified)
+        self.device = f"cuda:{index}"
+        self.text_features = bundle.text_features
         self.library: str = entry["library"]
         self.details: Mapping[str, str] = {
             "engines": self.set_name,
@@ -256,13 +250,3 @@ class TensorRtBackend:
             self._stream.wait()
             self._buckets.popitem(last=False)
         return self._buckets[key]
-
-
-def _index(device: str) -> int:
-    """The number of a device: ``auto`` and ``cuda`` are the first."""
-    kind, _, number = device.partition(":")
-    if kind not in ("auto", "cuda") or not (number.isdecimal() or device in ("auto", "cuda")):
-        raise BackendUnavailableError(
-            f"device: expected auto, cuda or cuda:N for engines, found {device}"
-        )
-    return int(number or 0)

@@ -146,9 +146,15 @@ def test_engines_that_fit() -> None:
 
 
 def test_a_bundle_without_engines_says_so() -> None:
-    assert why_not_here({}, "auto") == "the bundle has no engines"
+    assert why_not_here({}, "auto", "auto") == "the bundle has no engines"
     with pytest.raises(EngineMismatchError, match="found none in the bundle"):
         choose_set({}, ADA, RTX, qualified=False)
+
+
+@pytest.mark.parametrize("device", ["cuda:x", "cuda:", "cuda:-1", "mps", "auto:1.5"])
+def test_a_device_that_is_none_is_told(device: str) -> None:
+    reason = why_not_here({"engines": {"ada": entry()}}, device, "auto")
+    assert reason == f"device: expected auto, cuda or cuda:N for engines, found {device}"
 
 
 def _append(file: str, count: int) -> None:

@@ -167,11 +167,14 @@ def test_pictures_that_are_none(image: Any, problem: str) -> None:
 
 @given(st.lists(st.text(max_size=5).filter(lambda t: t.isascii()), min_size=1, max_size=4))
 def test_texts_and_second_texts(texts: list[str]) -> None:
-    assert texts_of(texts, None, None, None) == [Prompt(text, text) for text in texts]
-    assert texts_of(tuple(texts), texts[::-1], None, None) == [
+    assert texts_of(texts, None, None, None, WIDTHS) == [Prompt(text, text) for text in texts]
+    assert texts_of(tuple(texts), texts[::-1], None, None, WIDTHS) == [
         Prompt(a, b) for a, b in zip(texts, texts[::-1], strict=True)
     ]
-    assert texts_of(texts[0], "second", None, None) == [Prompt(texts[0], "second")]
+    assert texts_of(texts[0], "second", None, None, WIDTHS) == [Prompt(texts[0], "second")]
+
+
+WIDTHS = (5, 4)
 
 
 def embeddings(count: int = 1, tokens: int = 3) -> dict[str, Any]:
@@ -183,7 +186,7 @@ def embeddings(count: int = 1, tokens: int = 3) -> dict[str, Any]:
 
 @given(count=st.integers(1, 3), tokens=st.integers(1, 5))
 def test_embeddings_are_texts(count: int, tokens: int) -> None:
-    found = texts_of(None, None, **embeddings(count, tokens))
+    found = texts_of(None, None, **embeddings(count, tokens), features=WIDTHS)
     assert len(found) == count
     for text in found:
         assert isinstance(text, Embeddings)
@@ -211,14 +214,39 @@ def test_embeddings_are_texts(count: int, tokens: int) -> None:
         (None, None, np.zeros((3, 4), np.float32), embeddings()["pooled"], "with 3 axes"),
         (None, None, np.zeros((1, 3, 4), int), embeddings()["pooled"], "expected floats"),
         (None, None, np.full((1, 3, 4), 1e300), embeddings()["pooled"], "finite values"),
+        (
+            None,
+            None,
+            np.zeros((1, 3, 9)),
+            embeddings()["pooled"],
+            "^prompt_embeds: expected 4 features, found 9",
+        ),
+        (
+            None,
+            None,
+            embeddings()["embeds"],
+            np.zeros((1, 9)),
+            "^pooled_prompt_embeds: expected 5 features, found 9",
+        ),
     ],
 )
 def test_texts_that_are_none(
     prompt: Any, prompt_2: Any, embeds: Any, pooled: Any, problem: str
 ) -> None:
     with pytest.raises(InvalidInputError, match=problem) as caught:
-        texts_of(prompt, prompt_2, embeds, pooled)
+        texts_of(prompt, prompt_2, embeds, pooled, WIDTHS)
     assert "\n" not in str(caught.value)
+
+
+def test_negative_embeddings_are_called_as_the_arguments_are() -> None:
+    given = {**embeddings(), "features": WIDTHS, "label": "negative_prompt"}
+    for name, changes in (
+        ("negative_prompt_embeds", {"embeds": np.zeros((1, 3, 9))}),
+        ("negative_pooled_prompt_embeds", {"pooled": np.zeros((1, 9))}),
+        ("negative_pooled_prompt_embeds", {"pooled": None}),
+    ):
+        with pytest.raises(InvalidInputError, match=f"^{name}: expected"):
+            texts_of(None, None, **given | changes)
 
 
 # noise

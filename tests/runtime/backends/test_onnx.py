@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fluxkontext.runtime import BackendUnavailableError, KontextPipeline
+from fluxkontext.runtime import BackendUnavailableError, InvalidInputError, KontextPipeline
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (96, 64, 3), np.uint8)
 OTHER = np.random.default_rng(1).integers(0, 256, (48, 80, 3), np.uint8)
@@ -79,13 +79,39 @@ def test_a_bundle_prefers_onnx_without_a_gpu(small_bundle: Path) -> None:
     assert (about["backend"], about["precision"]) == ("onnx", "fp32")
 
 
+def test_another_precision_than_the_graphs_runs_natively(small_bundle: Path) -> None:
+    for precision, backend in (("fp32", "onnx"), ("bf16", "native")):
+        with KontextPipeline.from_pretrained(
+            small_bundle, precision=precision, device="cpu"
+        ) as pipe:
+            assert (pipe.about["backend"], pipe.about["precision"]) == (backend, precision)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("prompt_embeds", (1, 3, 9)), ("pooled_prompt_embeds", (1, 9))]
+)
+def test_embeddings_of_another_model_are_refused(
+    onnx: KontextPipeline, name: str, shape: tuple[int, ...]
+) -> None:
+    pooled, tokens = onnx.backend.text_features
+    given = {
+        "prompt_embeds": np.zeros((1, 3, tokens), np.float32),
+        "pooled_prompt_embeds": np.zeros((1, pooled), np.float32),
+    }
+    onnx(**given, num_inference_steps=1)
+    with pytest.raises(InvalidInputError, match=f"^{name}: expected .* features, found 9"):
+        onnx(**given | {name: np.zeros(shape, np.float32)})
+
+
 def test_what_is_asked_for_never_falls_back(small_bundle: Path, small_model: Path) -> None:
     with pytest.raises(BackendUnavailableError, match="expected a bundle"):
         KontextPipeline.from_pretrained(small_model, backend="onnx")
-    with pytest.raises(BackendUnavailableError, match="precision: expected fp32"):
+    with pytest.raises(BackendUnavailableError, match=r"precision: expected fp32.*backend native"):
         KontextPipeline.from_pretrained(
             small_bundle, backend="onnx", precision="bf16", device="cpu"
         )
+    with pytest.raises(BackendUnavailableError, match=r"own parts.*found vae from elsewhere"):
+        KontextPipeline.from_pretrained(small_bundle, backend="onnx", vae=small_model)
     with pytest.raises(BackendUnavailableError, match="device: expected cpu"):
         KontextPipeline.from_pretrained(small_bundle, backend="onnx", device="cuda")
 
