@@ -10,7 +10,7 @@ from typing import Any
 from .about import VERSION
 from .bundle import Bundle, open_bundle, update_manifest
 from .engines import installed
-from .errors import BackendUnavailableError, EngineMismatchError
+from .errors import BackendUnavailableError, EngineMismatchError, OutOfMemoryError
 from .golden import Outcome, load_golden, replay
 from .loader import load, open_backend
 
@@ -53,11 +53,14 @@ def _bundle(root: Path) -> dict[str, Any]:
                 return facts
         else:
             return facts
-    loaded = load(root, {}, "auto", "auto", "auto", "never")
     try:
-        outcome = replay(loaded.backend, golden)
-    finally:
-        loaded.backend.close()
+        loaded = load(root, {}, "auto", "auto", "auto", "never")
+        try:
+            outcome = replay(loaded.backend, golden)
+        finally:
+            loaded.backend.close()
+    except (BackendUnavailableError, OutOfMemoryError) as error:
+        return {**facts, "golden edit": f"not replayed: {error}"}
     where = f"{root} on the {loaded.backend.name} backend"
     outcome.check(loaded.backend.precision, where)
     about = {"backend": loaded.backend.name, "precision": loaded.backend.precision}

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from fluxkontext.runtime import CheckpointError, CorruptedError, KontextPipeline
+from fluxkontext.runtime import (
+    BackendUnavailableError,
+    CheckpointError,
+    CorruptedError,
+    KontextError,
+    KontextPipeline,
+    OutOfMemoryError,
+    loader,
+)
 from fluxkontext.runtime import bundle as bundles
 from fluxkontext.runtime.bundle import digest, dump_manifest, open_bundle, read_manifest
 from fluxkontext.runtime.cli import main
@@ -194,6 +202,26 @@ def test_inspect_and_doctor(copy: Path, capsys: pytest.CaptureFixture[str]) -> N
     facts = json.loads(capsys.readouterr().out)
     assert facts["bundle"]["files verified"] == len(names(copy))
     assert facts["backends"]["onnx"]["available"] is True
+
+
+@pytest.mark.parametrize("error", [BackendUnavailableError, OutOfMemoryError])
+def test_doctor_reports_a_bundle_that_nothing_can_replay(
+    error: type[KontextError], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The rest of the report is what tells why."""
+
+    def fail(*_: object) -> None:
+        raise error("expected more")
+
+    if error is BackendUnavailableError:
+        monkeypatch.setattr(loader, "find_spec", lambda _: None)  # as in the core installation
+    else:
+        monkeypatch.setattr("fluxkontext.runtime.doctor.replay", fail)
+    assert main(["doctor", "mini", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["bundle"]["files verified"] > 20
+    assert facts["bundle"]["golden edit"].startswith("not replayed: expected ")
+    assert "backends" in facts
 
 
 def test_a_cache_that_cannot_be_written_does_not_matter(
