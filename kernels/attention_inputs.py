@@ -5,7 +5,6 @@ A scale belongs to one head's block of 128 tokens. Values are written with their
 side, as FP8 matrix instructions want the second factor of ``weights @ values``.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,12 +113,12 @@ def _block_quantized(x):
 
 @triton.jit(do_not_specialize=["queries", "tokens", "text_tokens"])
 def _attention_inputs_kernel(
-    q_in_ptr, k_in_ptr, v_in_ptr, norm_ptr, q_rope_ptr, rope_ptr, position_ptr,
+    q_in_ptr, k_in_ptr, v_in_ptr, norm_ptr, q_rope_ptr, rope_ptr,
     q_ptr, k_ptr, v_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr,
     queries, tokens, text_tokens, heads,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
     norm_stream, norm_part,
-    D: tl.constexpr, T: tl.constexpr, A0: tl.constexpr, A1: tl.constexpr,
+    D: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks of tokens, heads, batch). Without ``norm_ptr``, queries and keys are normed
     and rotated already; without ``q_rope_ptr``, both have the same angles."""
@@ -131,7 +130,7 @@ def _attention_inputs_kernel(
     rope = None
     stream = None
     if norm_ptr is not None:
-        rope = rotations(rope_ptr, position_ptr, token, mask, D, A0, A1)
+        rope = rotations(rope_ptr, None, token, mask, D, 0, 0)
         stream = tl.where(token < text_tokens, norm_stream, 0)[:, None]
 
     if block * T < queries:
@@ -175,8 +174,6 @@ def launch_attention_inputs(
     text_tokens: int,
     rope: Tensor,
     q_rope: Tensor | None = None,
-    positions: Tensor | None = None,
-    axes_dim: Sequence[int] = (),
 ) -> Launch:
     """Norm and rotate ``q [B, Sq, H, d]`` and ``k [B, Sk, H, d]``, and quantise them and ``v`` into
     ``out``; other arguments as of ``launch_norm_rope``.
@@ -188,13 +185,9 @@ def launch_attention_inputs(
     assert q_rope is None or not text_tokens, "of two streams, all queries are needed"
     assert scales.shape == (2 if text_tokens else 1, 2, dim), scales.shape
     assert scales.stride(-1) == 1, "channels lie side by side"
-    assert all(dim % 8 == 0 for dim in axes_dim), axes_dim
     norm = {
-        "norm_ptr": scales, "q_rope_ptr": q_rope, "rope_ptr": rope, "position_ptr": positions,
-        "text_tokens": text_tokens,
+        "norm_ptr": scales, "q_rope_ptr": q_rope, "rope_ptr": rope, "text_tokens": text_tokens,
         "norm_stream": scales.stride(0), "norm_part": scales.stride(1),
-        "A0": axes_dim[0] if positions is not None else 0,
-        "A1": axes_dim[1] if positions is not None else 0,
     }  # fmt: skip
     return _launch(out, q, k, v, norm)
 
@@ -202,9 +195,8 @@ def launch_attention_inputs(
 def launch_quantize_attention(out: Fp8Inputs, q: Tensor, k: Tensor, v: Tensor) -> Launch:
     """Quantise ``q [B, Sq, H, d]``, ``k, v [B, Sk, H, d]``, Sq at most Sk, as they are."""
     norm = {
-        "norm_ptr": None, "q_rope_ptr": None, "rope_ptr": None, "position_ptr": None,
-        "text_tokens": 0,
-        "norm_stream": 0, "norm_part": 0, "A0": 0, "A1": 0,
+        "norm_ptr": None, "q_rope_ptr": None, "rope_ptr": None, "text_tokens": 0,
+        "norm_stream": 0, "norm_part": 0,
     }  # fmt: skip
     return _launch(out, q, k, v, norm)
 
