@@ -89,4 +89,7 @@ def stored_recipe(transformer: Component[Any]) -> str | None:
 def _plain(device: torch.device) -> str:
     if device.type == "cpu":
         return "fp32"
-    return "bf16" if device.type != "cuda" or torch.cuda.is_bf16_supported(False) else "fp16"
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    # torch.cuda.is_bf16_supported looks at the current device, which may be another.
+    old = nvidia and torch.cuda.get_device_capability(device) < (8, 0)
+    return "fp16" if old else "bf16"
