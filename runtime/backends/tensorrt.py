@@ -22,7 +22,6 @@ from ..files import cache_folder
 from ..geometry import pack
 from ..images import Pixels
 from .tensorrt_engine import Context, Engine, Shape
-from .tensorrt_rtx import save_cache
 from .tensorrt_step import Branch, Bucket, State
 
 _BUCKETS = 8
@@ -66,23 +65,26 @@ class TensorRtBackend:
                 "build engines for another"
             )
         self._stream = Stream(index)
+        place = f"{self.set_name}-{self.gpu.name.replace(' ', '_')}"
+        kernels = cache_folder() / "kernels" / place
         parts: Mapping[str, Mapping[str, Any]] = entry["components"]
         self._engines = {
-            name: Engine(self.library, bundle.root / part["file"], name, part["profile"])
+            name: Engine(
+                self.library,
+                bundle.root / part["file"],
+                name,
+                part["profile"],
+                kernels / part["key"],
+            )
             for name, part in parts.items()
         }
         size = max(engine.memory for engine in self._engines.values())
         self._memory = Buffer((size,), np.uint8)
-        place = f"{self.set_name}-{self.gpu.name.replace(' ', '_')}"
-        self._cache_files = {
-            name: cache_folder() / "kernels" / place / part["key"] for name, part in parts.items()
-        }
         self._contexts = {name: self._context(name) for name in GRAPHS if name != "transformer"}
         self._buckets: OrderedDict[tuple[Shape, ...], Bucket] = OrderedDict()
 
     def _context(self, name: str) -> Context:
-        memory = self._memory
-        return self._engines[name].context(memory.address, memory.size, self._cache_files[name])
+        return self._engines[name].context(self._memory.address, self._memory.size)
 
     def encode_text(self, prompt: TokenIds | Embeddings) -> Text:
         self._stream.enter()
@@ -169,12 +171,9 @@ class TensorRtBackend:
         """Keep what TensorRT-RTX has compiled, then free everything."""
         self._stream.enter()
         self._stream.wait()
-        if self.library == "tensorrt-rtx":
-            contexts = dict(self._contexts)
-            for bucket in self._buckets.values():
-                contexts["transformer"] = bucket.context
-            for name, context in contexts.items():
-                save_cache(context.context, self._cache_files[name])
+        for engine in self._engines.values():
+            if engine.kernels:
+                engine.kernels.save()
         self._buckets.clear()
         del self._contexts, self._engines
         self._memory.free()

@@ -4,11 +4,11 @@ The two libraries have one interface; what only TensorRT-RTX has is in ``tensorr
 context runs in memory that it is given, since only one of a model's engines runs at a time.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, SupportsInt
+from typing import TYPE_CHECKING, Any, ParamSpec, SupportsInt, TypeVar
 
 from ..engines import LIBRARIES, check_shapes
 from ..errors import BackendUnavailableError, EngineMismatchError, KontextError
@@ -16,6 +16,10 @@ from ..errors import BackendUnavailableError, EngineMismatchError, KontextError
 if TYPE_CHECKING:
     import tensorrt as trt
 
+    from .tensorrt_rtx import Kernels
+
+P = ParamSpec("P")
+T = TypeVar("T")
 Address = int
 Shape = tuple[int, ...]
 
@@ -56,12 +60,16 @@ def start(library: str) -> "tuple[trt.Runtime, list[str]]":
 class Engine:
     """An engine in GPU memory, from a file of a bundle that was verified."""
 
-    def __init__(self, library: str, file: Path, name: str, profile: Mapping[str, Any]) -> None:
-        """profile: input -> least, usual and greatest shape, as in the manifest."""
+    def __init__(
+        self, library: str, file: Path, name: str, profile: Mapping[str, Any], kernels: Path
+    ) -> None:
+        """profile: input -> least, usual and greatest shape, as in the manifest. kernels: the file
+        of those that TensorRT-RTX compiles."""
         self.library = library
         self.name = name
         self.profile = profile
         runtime, self.errors = start(library)
+        known = len(self.errors)
         try:
             opened = _open(library, file)
         except RuntimeError as error:  # of the library's own reader, which opens the driver
@@ -71,55 +79,58 @@ class Engine:
         with opened as reader:
             engine = runtime.deserialize_cuda_engine(reader)
         if engine is None:
-            found = self.errors[-1] if self.errors else "no reason given"
             raise EngineMismatchError(
                 f"{file}: expected an engine that this {library} and GPU take, found: "
-                f"{found:.300}; build it anew with: fluxkontext build"
+                f"{_last(self.errors[known:])}; build it anew with: fluxkontext build"
             )
         self.engine: trt.ICudaEngine = engine
+        self.kernels: Kernels | None = None
+        if library == "tensorrt-rtx":
+            from . import tensorrt_rtx
+
+            self.kernels = tensorrt_rtx.Kernels(engine, kernels)
 
     @property
     def memory(self) -> int:
         """Bytes that a context needs while it runs."""
         return self.engine.device_memory_size_v2
 
-    def context(self, memory: Address, size: int, cache_file: Path) -> "Context":
-        """A context that runs in ``size`` bytes at ``memory``. cache_file: of compiled kernels."""
+    def context(self, memory: Address, size: int) -> "Context":
+        """A context that runs in ``size`` bytes at ``memory``."""
         if TYPE_CHECKING:
             import tensorrt as trt
         else:
             trt = import_library(self.library)
-        if self.library == "tensorrt-rtx":
-            from .tensorrt_rtx import create_context
-
-            context = create_context(self.engine, cache_file)
+        if self.kernels:
+            context = self.ask("a context", self.kernels.context)
         else:
             strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-            context = self.engine.create_execution_context(strategy)
-        if context is None:
-            raise self.failure("a context")
+            context = self.ask("a context", self.engine.create_execution_context, strategy)
         context.set_device_memory(memory, size)
         return Context(self, context)
 
-    def failure(self, what: str) -> KontextError:
-        """The library's last error, as ours."""
-        found = self.errors[-1] if self.errors else "no reason given"
-        return KontextError(f"{self.name}: expected {what}, found: {found:.300}")
+    def ask(self, what: str, call: Callable[P, T | None], *args: P.args, **kwargs: P.kwargs) -> T:
+        """What ``call`` of the library gives. Raises KontextError with the library's reason if that
+        is nothing, or False."""
+        known = len(self.errors)
+        answer = call(*args, **kwargs)
+        if not answer:
+            raise KontextError(f"{self.name}: expected {what}, found: {_last(self.errors[known:])}")
+        return answer
 
 
 class Context:
     """An engine with shapes and addresses set, ready to run."""
 
     def __init__(self, engine: Engine, context: "trt.IExecutionContext") -> None:
+        self.context = context  # before its engine, so that it goes first
         self.engine = engine
-        self.context = context
 
     def set_shapes(self, shapes: Mapping[str, Shape]) -> None:
         """Say how large each input is. Raises EngineMismatchError outside the engine's profile."""
         check_shapes(self.engine.name, self.engine.profile, shapes)
         for name, shape in shapes.items():
-            if not self.context.set_input_shape(name, shape):
-                raise self.engine.failure(f"{name} of shape {shape}")
+            self.engine.ask(f"{name} of shape {shape}", self.context.set_input_shape, name, shape)
 
     def shape(self, name: str) -> Shape:
         """The shape of an output, once those of the inputs are set."""
@@ -128,13 +139,17 @@ class Context:
     def set_addresses(self, addresses: Mapping[str, Address]) -> None:
         """Say where inputs are and where outputs go."""
         for name, address in addresses.items():
-            if not self.context.set_tensor_address(name, address):
-                raise self.engine.failure(f"an address for {name}")
+            what = f"an address for {name}"
+            self.engine.ask(what, self.context.set_tensor_address, name, address)
 
     def run(self, stream: int) -> None:
         """Put one run into a CUDA stream."""
-        if not self.context.execute_async_v3(stream):
-            raise self.engine.failure("it to run")
+        self.engine.ask("it to run", self.context.execute_async_v3, stream)
+
+
+def _last(errors: Sequence[str]) -> str:
+    """The last of the library's errors, cut short."""
+    return errors[-1][:300] if errors else "no reason given"
 
 
 def _open(library: str, file: Path) -> Any:

@@ -1,23 +1,17 @@
-"""The GPU of the TensorRT backend, played by the host: memory is the host's, a stream runs at once,
-and an engine is the same component's graph in ONNX Runtime.
+"""The GPU of the TensorRT backend, played by the host: memory is the host's, a stream runs at once.
 
 What the backend does with addresses, sizes, order and recorded runs is then what is tested: freed
-memory is overwritten, a copy has to lie inside memory that is there, and what is recorded runs when
-it is launched and not before.
+memory is overwritten and never given out again, what copies and engines read and write on the GPU
+lies inside memory that is there, and what is recorded runs when it is launched and not before.
 """
 
 import ctypes
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from cuda.bindings import runtime as real
-
-from fluxkontext.runtime.contract import GRAPHS
-from fluxkontext.runtime.engines import check_shapes
 
 OK = (real.cudaError_t.cudaSuccess,)
 GPU = "Played GPU"
@@ -33,10 +27,11 @@ class HostCuda:
 
     def __init__(self) -> None:
         self.blocks: dict[int, np.ndarray[Any, Any]] = {}
-        self.recording: list[Callable[[], None]] | None = None
+        self.freed: list[np.ndarray[Any, Any]] = []  # held, so that no address is given out twice
+        self.recording: list[Callable[[], object]] | None = None
         self.launches = 0
 
-    def do(self, work: Callable[[], None]) -> None:
+    def do(self, work: Callable[[], object]) -> None:
         """Run work of a stream, or record it."""
         if self.recording is None:
             work()
@@ -44,10 +39,14 @@ class HostCuda:
             self.recording.append(work)
 
     def view(self, address: int, size: int) -> "ctypes.Array[ctypes.c_char]":
-        """Memory that was allocated here, or an array's of the host, unless it is the wrong one."""
-        for start, block in self.blocks.items():
-            if start <= address < start + len(block):
-                assert address + size <= start + len(block), "beyond the end of a block"
+        """Memory of the GPU, which has to lie inside one block that was not freed."""
+        inside = any(
+            start <= address and address + size <= start + len(block)
+            for start, block in self.blocks.items()
+        )
+        assert inside, (
+            f"expected {size} bytes of one block at {address:#x}, found none that is there"
+        )
         return (ctypes.c_char * size).from_address(address)
 
     def cudaGetDeviceCount(self) -> tuple[Any, ...]:
@@ -66,7 +65,9 @@ class HostCuda:
         return (*OK, block.ctypes.data)
 
     def cudaFree(self, address: int) -> tuple[Any, ...]:
-        self.blocks.pop(address).fill(0xFF)
+        block = self.blocks.pop(address)
+        block.fill(0xFF)
+        self.freed.append(block)
         return OK
 
     def cudaStreamCreateWithFlags(self, _: int) -> tuple[Any, ...]:
@@ -83,15 +84,17 @@ class HostCuda:
         assert self.recording is None, "a device that records cannot be waited for"
         return OK
 
-    def cudaMemcpy(self, to: int, of: int, size: int, _: Any) -> tuple[Any, ...]:
-        ctypes.memmove(self.view(to, size), self.view(of, size), size)
+    def cudaMemcpy(self, to: int, of: int, size: int, kind: Any) -> tuple[Any, ...]:
+        kinds = self.cudaMemcpyKind
+        if kind in (kinds.cudaMemcpyHostToDevice, kinds.cudaMemcpyDeviceToDevice):
+            self.view(to, size)
+        if kind in (kinds.cudaMemcpyDeviceToHost, kinds.cudaMemcpyDeviceToDevice):
+            self.view(of, size)
+        ctypes.memmove(to, of, size)
         return OK
 
-    def cudaMemcpyAsync(self, to: int, of: int, size: int, *_: Any) -> tuple[Any, ...]:
-        def copy() -> None:
-            ctypes.memmove(self.view(to, size), self.view(of, size), size)
-
-        self.do(copy)
+    def cudaMemcpyAsync(self, to: int, of: int, size: int, kind: Any, _: int) -> tuple[Any, ...]:
+        self.do(lambda: self.cudaMemcpy(to, of, size, kind))
         return OK
 
     def cudaStreamBeginCapture(self, *_: Any) -> tuple[Any, ...]:
@@ -118,58 +121,3 @@ class HostCuda:
     def cudaGraphExecDestroy(self, graph: Any) -> tuple[Any, ...]:
         graph.clear()
         return OK
-
-
-class HostEngine:
-    """Stands in for ``tensorrt_engine.Engine``, and for its contexts."""
-
-    memory = 256
-
-    def __init__(self, cuda: HostCuda, file: Path, name: str, profile: Mapping[str, Any]) -> None:
-        graph = file.parents[2] / f"{name}.cpu.onnx"
-        self.cuda, self.name, self.profile = cuda, name, profile
-        self.session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.addresses: dict[str, int] = {}
-
-    def context(self, memory: int, size: int, _: Path) -> "HostEngine":
-        """One that shares the session."""
-        assert memory % 16 == 0
-        assert size >= self.memory
-        made = HostEngine.__new__(HostEngine)
-        made.__dict__ = {**self.__dict__, "shapes": {}, "addresses": {}}
-        return made
-
-    def set_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        check_shapes(self.name, self.profile, shapes)
-        assert set(shapes) == set(GRAPHS[self.name][0])
-        self.shapes = dict(shapes)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        zeros = {
-            key: np.zeros(shape, GRAPHS[self.name][0][key].dtype)
-            for key, shape in self.shapes.items()
-        }
-        return tuple(self.session.run([name], zeros)[0].shape)
-
-    def set_addresses(self, addresses: Mapping[str, int]) -> None:
-        self.addresses = dict(addresses)
-
-    def run(self, _: int) -> None:
-        """Read the inputs where they are, and write the outputs where they go."""
-        inputs, outputs = GRAPHS[self.name]
-        assert set(self.addresses) == {*inputs, *outputs}
-
-        def work() -> None:
-            given = {}
-            for key, shape in self.shapes.items():
-                kind = np.dtype(inputs[key].dtype)
-                size = int(np.prod(shape)) * kind.itemsize
-                held = self.cuda.view(self.addresses[key], size)
-                given[key] = np.frombuffer(held, kind).reshape(shape).copy()
-            for key, value in zip(outputs, self.session.run(list(outputs), given), strict=True):
-                value = np.ascontiguousarray(value)
-                place = self.cuda.view(self.addresses[key], value.nbytes)
-                ctypes.memmove(place, value.ctypes.data, value.nbytes)
-
-        self.cuda.do(work)
