@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from weakref import ref
 
 from ..contract import GRAPHS
 from ..cuda import Buffer, Graph, Stream
@@ -34,7 +35,7 @@ class Bucket:
     """The transformer's buffers for one shape of request, and its run.
 
     They hold the inputs of one state at a time; another's are copied in when its turn comes, and
-    what a state must keep is its own.
+    what a state must keep is its own. It is known by weak references: its memory goes when it ends.
     """
 
     def __init__(
@@ -52,18 +53,18 @@ class Bucket:
         self.record = record
         self.graph: Graph | None = None
         self.runs = 0
-        self._state: State | None = None
-        self._branch: Branch | None = None
+        self._state: ref[State] | None = None
+        self._branch: ref[Branch] | None = None
 
     def fill(self, state: State, branch: Branch, i: int, sample: Buffer) -> None:
         """Copy in what step ``i`` of a state's branch needs and is not there yet."""
-        if self._state is not state:
+        if self._state is None or self._state() is not state:
             self._copy("context", state.context.address)
             self._copy("positions", state.positions.address)
-            self._state = state
-        if self._branch is not branch:
+            self._state = ref(state)
+        if self._branch is None or self._branch() is not branch:
             self._copy("text", branch.text.address)
-            self._branch = branch
+            self._branch = ref(branch)
         self._copy("latents", state.latents.address)
         self._copy("sample", sample.address)
         self._copy("modulation", branch.modulation.part(i))

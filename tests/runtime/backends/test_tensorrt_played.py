@@ -126,6 +126,17 @@ def test_a_size_that_was_not_built_has_exit_code_4(played: KontextPipeline) -> N
     played(prompt="x", num_inference_steps=1, seed=0)  # the next one works
 
 
+def test_an_edit_leaves_nothing_of_its_own(played: KontextPipeline, library: Any) -> None:
+    """The modulation of all steps is much of what an edit takes; only buffers of one step stay."""
+    steps = 7
+    played(PICTURE, "x", "y", true_cfg_scale=2.0, num_inference_steps=steps, seed=0)
+    (bucket,) = played.backend._buckets.values()
+    gc.collect()
+    sizes = [len(block) for block in library.cuda.blocks.values()]
+    assert sizes.count(bucket.buffers["modulation"].size) == 1
+    assert bucket.buffers["modulation"].size * steps not in sizes
+
+
 def test_everything_is_freed(played: KontextPipeline, library: Any) -> None:
     played(PICTURE, "x", num_inference_steps=2, seed=0)
     assert library.cuda.blocks
