@@ -4,8 +4,12 @@ What a step reads and writes stays on the session's device: latents in two buffe
 places, the modulation of all steps in one, of which each step is given its part by address.
 """
 
+import logging
 import os
+import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,8 @@ from ..bundle import Bundle
 from ..errors import BackendUnavailableError, CheckpointError, KontextError, OutOfMemoryError
 from ..geometry import Size, pack
 from ..images import Pixels
+
+_log = logging.getLogger(__name__)
 
 _FOLD_LIMIT = 2**30
 """Weights beyond so many bytes are not cast ahead of time: that would hold them twice. Quantised
@@ -188,7 +194,11 @@ class Session:
             provider = ("CUDAExecutionProvider", {"device_id": self._id})
         try:
             self._session = ort.InferenceSession(
-                str(path), options, providers=[provider], disabled_optimizers=disabled
+                str(path),
+                options,
+                providers=[provider],
+                disabled_optimizers=disabled,
+                enable_fallback=False,  # which would print, and hide the reason
             )
         except Exception as error:  # the library raises classes of its own for each status
             raise _translated(error, path) from None
@@ -276,13 +286,40 @@ def _translated(error: Exception, path: Path) -> Exception:
 
 
 def _choose_device(device: str) -> str:
-    """``auto`` is the GPU when this ONNX Runtime was built for one and it is there."""
-    providers = ort.get_available_providers()
-    if device == "auto":
-        return "cuda" if "CUDAExecutionProvider" in providers else "cpu"
-    if device == "cpu" or (device.startswith("cuda") and "CUDAExecutionProvider" in providers):
-        return device
-    raise BackendUnavailableError(
-        f"device: expected cpu, or cuda with onnxruntime-gpu installed, found {device} with "
-        f"{', '.join(providers)}"
-    )
+    """``auto`` is the GPU where CUDA works, or else, once it is said why not, the CPU."""
+    providers, auto = ort.get_available_providers(), device == "auto"
+    has_cuda = "CUDAExecutionProvider" in providers
+    if device == "cpu" or (auto and not has_cuda):
+        return "cpu"
+    name = "cuda" if auto else device
+    if not has_cuda or not re.fullmatch(r"cuda(:[0-9]+)?", name):
+        raise BackendUnavailableError(
+            "device: expected cpu, or cuda or cuda:N with onnxruntime-gpu installed, found "
+            f"{device} with {', '.join(providers)}"
+        )
+    reason = _why_no_cuda(int(name.partition(":")[2] or 0))
+    if reason is None:
+        return name
+    if not auto:
+        raise BackendUnavailableError(
+            f"device: expected {device} to work, found: {reason}; install the CUDA libraries of "
+            "onnxruntime-gpu, or use device cpu"
+        )
+    _log.warning("device auto: the CPU, as CUDA does not work here: %s", reason)
+    return "cpu"
+
+
+def _why_no_cuda(number: int) -> str | None:
+    """Why the CUDA that the library was built with, there or not, does not work; None if it does.
+
+    A session would only warn, and run on the CPU.
+    """
+    with redirect_stdout(sys.stderr):  # where it says what it does not find
+        ort.preload_dlls()  # those that wheels install, which are on no search path
+    try:
+        ort.OrtValue.ortvalue_from_numpy(np.zeros(1, np.float32), "cuda", number)
+    except Exception as error:
+        text = " ".join(str(error).split())
+        found = re.search(r"CUDA (?:failure|Provider)[^;]+", text)  # after the library's own code
+        return found[0].strip() if found else text[:200]
+    return None

@@ -148,6 +148,42 @@ def test_a_session_on_another_device_is_an_error(
         onnx.Session(file, "cuda:0", fold=True)
 
 
+def test_a_build_for_cuda_where_cuda_does_not_work(
+    small_bundle: Path,
+    onnx: KontextPipeline,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As with onnxruntime-gpu on a machine without a GPU: unasked the CPU, having said why; by name
+    an error. What fails is the installed library's own attempt."""
+    from fluxkontext.runtime.backends.onnx import _why_no_cuda, ort
+
+    if _why_no_cuda(0) is None:
+        pytest.skip("about a machine on which CUDA does not work; here it does")
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(ort, "get_available_providers", lambda: providers)
+    with KontextPipeline.from_pretrained(small_bundle, backend="onnx") as pipe:
+        assert (pipe.about["device"], pipe.about["precision"]) == ("cpu", "fp32")
+        found, wanted = (it(prompt="x", num_inference_steps=1, seed=0) for it in (pipe, onnx))
+        assert found.images[0] == wanted.images[0]
+    (said,) = (record.message for record in caplog.records if record.levelname == "WARNING")
+    assert said.startswith("device auto: the CPU, as CUDA does not work here: ")
+    with pytest.raises(BackendUnavailableError, match=r"expected cuda:0 to work, found: \w+"):
+        KontextPipeline.from_pretrained(small_bundle, backend="onnx", device="cuda:0")
+
+
+@pytest.mark.parametrize("device", ["cuda:x", "cuda:", "cuda:-1", "cudas", "gpu", "cpu:0", ""])
+def test_devices_that_are_none(
+    small_bundle: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fluxkontext.runtime.backends import onnx
+
+    for providers in (["CPUExecutionProvider"], ["CUDAExecutionProvider", "CPUExecutionProvider"]):
+        monkeypatch.setattr(onnx.ort, "get_available_providers", lambda it=providers: it)
+        with pytest.raises(BackendUnavailableError, match=f"cuda or cuda:N .* found {device} with"):
+            KontextPipeline.from_pretrained(small_bundle, backend="onnx", device=device)
+
+
 def test_an_edit_imports_no_torch(
     small_bundle: Path, namespace_env: dict[str, str], tmp_path: Path
 ) -> None:
