@@ -59,5 +59,5 @@ def packed(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 def _unqualified(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """All but what the engines have passed since."""
-    sets = {name: {**it, "qualified": False} for name, it in manifest.get("engines", {}).items()}
+    sets = {name: {**it, "qualified": {}} for name, it in manifest.get("engines", {}).items()}
     return {key: value for key, value in manifest.items() if key != "checksum"} | {"engines": sets}

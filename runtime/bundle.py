@@ -16,7 +16,7 @@ from typing import Any
 
 from .arguments import shown
 from .contract import TensorSpec
-from .errors import CheckpointError, CorruptedError
+from .errors import CheckpointError, CorruptedError, KontextError
 from .files import cache_folder, locked, whole_file
 from .geometry import Grid
 from .recipes import RECIPES
@@ -192,12 +192,21 @@ def dump_manifest(manifest: Mapping[str, Any]) -> str:
 
 
 def update_manifest(root: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Apply ``change`` to the manifest of ``root``: read and written whole, under a lock."""
-    with locked(root / ".manifest.lock", lambda: None):
-        manifest = read_manifest(root)
-        change(manifest)
-        with whole_file(root / MANIFEST) as file:
-            file.write(dump_manifest(manifest).encode())
+    """Apply ``change`` to the manifest of ``root``: read and written whole, under a lock.
+
+    Raises KontextError if the folder cannot be written.
+    """
+    try:
+        with locked(root / ".manifest.lock", lambda: None):
+            manifest = read_manifest(root)
+            change(manifest)
+            with whole_file(root / MANIFEST) as file:
+                file.write(dump_manifest(manifest).encode())
+    except OSError as error:
+        raise KontextError(
+            f"{root}: expected a bundle whose manifest can be written, found: {error.strerror}; "
+            "copy it to a folder of your own, or ask its owner to run this"
+        ) from None
 
 
 def file_entry(path: Path) -> dict[str, Any]:

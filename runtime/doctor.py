@@ -2,6 +2,8 @@
 
 import platform
 import sys
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -10,7 +12,13 @@ from typing import Any
 from .about import VERSION
 from .bundle import Bundle, open_bundle, update_manifest
 from .engines import installed
-from .errors import BackendUnavailableError, EngineMismatchError, OutOfMemoryError
+from .errors import (
+    BackendUnavailableError,
+    CorruptedError,
+    EngineMismatchError,
+    KontextError,
+    OutOfMemoryError,
+)
 from .golden import Outcome, load_golden, replay
 from .loader import load, open_backend
 
@@ -18,12 +26,13 @@ CORE = ("numpy", "pillow", "safetensors", "tokenizers", "tqdm")
 OPTIONAL = ("onnxruntime", "onnxruntime-gpu", "torch", "triton", "cuda-bindings")
 
 
-def diagnose(bundle: Path | None = None) -> dict[str, Any]:
+def diagnose(bundle: Path | None = None, device: str = "auto") -> dict[str, Any]:
     """Facts about this machine, as JSON: software, devices, and each backend with its reason.
 
-    bundle: verified whole, large files too, and its golden edit replayed on the backend that this
-    machine would choose. Engines that fit this GPU and reproduce it are qualified from then on.
-    Raises CorruptedError or CheckpointError for a bad bundle.
+    bundle: verified whole, large files too, and its golden edit replayed on ``device`` by the
+    backend that this machine would choose. Engines that fit this GPU and reproduce it are qualified
+    for its model from then on. Raises CorruptedError or CheckpointError for a bad bundle, and
+    KontextError for one that cannot be written where engines have passed.
     """
     facts = {
         "fluxkontext": VERSION,
@@ -33,11 +42,11 @@ def diagnose(bundle: Path | None = None) -> dict[str, Any]:
         "backends": {"onnx": _onnx(), "native": _native(), "tensorrt": _tensorrt()},
     }
     if bundle is not None:
-        facts["bundle"] = _bundle(bundle)
+        facts["bundle"] = _bundle(bundle, device)
     return facts
 
 
-def _bundle(root: Path) -> dict[str, Any]:
+def _bundle(root: Path, device: str) -> dict[str, Any]:
     """Verify and replay a bundle."""
     bundle = open_bundle(root, "always")
     facts: dict[str, Any] = {"path": str(root), "files verified": len(bundle.manifest["files"])}
@@ -46,7 +55,7 @@ def _bundle(root: Path) -> dict[str, Any]:
         return {**facts, "golden edit": "none in the bundle"}
     if bundle.manifest.get("engines"):
         try:
-            facts["engines"] = qualify(root)
+            facts["engines"] = qualify(root, device)
         except (BackendUnavailableError, EngineMismatchError) as error:
             facts["engines"] = f"none that runs here: {error}"
             if bundle.packed:
@@ -54,7 +63,7 @@ def _bundle(root: Path) -> dict[str, Any]:
         else:
             return facts
     try:
-        loaded = load(root, {}, "auto", "auto", "auto", "never")
+        loaded = load(root, {}, "auto", "auto", device, "never")
         try:
             outcome = replay(loaded.backend, golden)
         finally:
@@ -67,19 +76,23 @@ def _bundle(root: Path) -> dict[str, Any]:
     return {**facts, "golden edit": {**about, **outcome.facts()}}
 
 
-def qualify(root: Path) -> dict[str, Any]:
-    """Replay the golden edit with the engines that fit this machine's GPU, and write down that they
-    passed; returns what was measured.
+def qualify(root: Path, device: str) -> dict[str, Any]:
+    """Replay the golden edit with the engines that fit the GPU, and write down, unless it is there,
+    that they passed on its model; returns what was measured.
 
-    Raises CorruptedError for engines that are wrong, which are then not qualified, and
+    Raises CorruptedError for engines that are wrong, which are then not qualified on it, and
     BackendUnavailableError or EngineMismatchError if none runs here.
     """
-    trial = try_engines(open_bundle(root))
-    passed: dict[str, Any] | bool = False
+    bundle = open_bundle(root)
+    trial = try_engines(bundle, device)
     try:
         passed = trial.check()
-    finally:
-        update_manifest(root, lambda it: it["engines"][trial.engines].update(qualified=passed))
+    except CorruptedError:
+        with suppress(KontextError):  # that it cannot be written: what is wrong says more
+            update_manifest(root, lambda it: trial.qualified(it).pop(trial.gpu, None))
+        raise
+    if trial.gpu not in trial.qualified(bundle.manifest):
+        update_manifest(root, lambda it: trial.qualified(it).update(passed))
     return {trial.engines: passed}
 
 
@@ -94,13 +107,19 @@ class Trial:
     outcome: Outcome
 
     def check(self) -> dict[str, Any]:
-        """What the manifest says of engines that passed. Raises CorruptedError for others."""
+        """What the manifest says of engines that passed, by GPU. Raises CorruptedError for
+        others."""
         self.outcome.check(self.precision, f"{self.root}: {self.engines} on {self.gpu}")
-        return {"gpu": self.gpu, **self.outcome.facts()}
+        return {self.gpu: self.outcome.facts()}
+
+    def qualified(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
+        """Where the manifest says so."""
+        found: dict[str, Any] = manifest["engines"][self.engines]["qualified"]
+        return found
 
 
-def try_engines(bundle: Bundle) -> Trial:
-    """Replay the golden edit with the first engines of ``bundle`` that fit this machine's GPU.
+def try_engines(bundle: Bundle, device: str = "auto") -> Trial:
+    """Replay the golden edit with the first engines of ``bundle`` that fit the GPU.
 
     Raises BackendUnavailableError or EngineMismatchError if none runs here.
     """
@@ -110,7 +129,7 @@ def try_engines(bundle: Bundle) -> Trial:
             f"{bundle.root}: expected a golden edit to qualify engines with, found none; "
             "make one with: fluxkontext build --golden always"
         )
-    backend = open_backend("tensorrt", bundle, "auto", "auto", qualified=False)
+    backend = open_backend("tensorrt", bundle, device, "auto", qualified=False)
     try:
         replay(backend, golden)  # the first run compiles and records
         outcome = replay(backend, golden)

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from .contract import GRAPHS, Axis
 from .errors import BackendUnavailableError, EngineMismatchError
 
 LIBRARIES: Mapping[str, str] = {
@@ -18,6 +19,8 @@ LIBRARIES: Mapping[str, str] = {
     "tensorrt-rtx": "tensorrt_rtx_bindings",
 }
 """Engine library -> its Python module; the extra that installs it has the library's name."""
+_OPTIONS: Mapping[Axis, str] = {"batch": "--batch", "context_tokens": "--contexts"}
+"""Axis of an input -> what widens it when engines are built, where that is not --size."""
 RTX_TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
 """What TensorRT-RTX 1.7 compiles for without a GPU: the members of its ``ComputeCapability``."""
 
@@ -112,7 +115,7 @@ def misfit(entry: Mapping[str, Any], gpu: Gpu, versions: Mapping[str, str]) -> s
 
 def is_qualified(entry: Mapping[str, Any], gpu: Gpu) -> bool:
     """Whether the golden edit has passed with these engines on this model of GPU."""
-    return bool(entry["qualified"]) and entry["qualified"]["gpu"] == gpu.name
+    return gpu.name in entry["qualified"]
 
 
 def check_shapes(
@@ -121,15 +124,18 @@ def check_shapes(
     """Raise EngineMismatchError unless each input of component ``name`` is within its profile."""
     for key, shape in shapes.items():
         least, _, most = profile[key]
-        inside = len(shape) == len(least) and all(
-            low <= side <= high for low, side, high in zip(least, shape, most, strict=True)
-        )
-        if not inside:
+        axes = GRAPHS[name][0][key].shape
+        if len(shape) != len(axes):
             raise EngineMismatchError(
-                f"{name}: expected {key} of {_x(least)} to {_x(most)}, found {_x(shape)}; "
-                "use a size that the engines were built for, or build them for this one with: "
-                "fluxkontext build --size"
+                f"{name}: expected {key} of {len(axes)} axes, found {_x(shape)}"
             )
+        for axis, low, side, high in zip(axes, least, shape, most, strict=True):
+            if not low <= side <= high:
+                raise EngineMismatchError(
+                    f"{name}: expected {key} of {_x(least)} to {_x(most)}, found {_x(shape)}; use "
+                    "what the engines were built for, or build them for this with: fluxkontext "
+                    f"build {_OPTIONS.get(axis, '--size')}"
+                )
 
 
 def _x(shape: tuple[int, ...]) -> str:

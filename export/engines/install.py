@@ -83,7 +83,7 @@ def compile_all(engines: list[Engine], workload: Workload, say: Callable[[str], 
             engine.component: {"file": name, "key": engine.key, "profile": engine.profile}
             for engine, name in zip(engines, files, strict=True)
         },
-        "qualified": False,
+        "qualified": {},
     }
     return EngineSet(recipe.set_name, entry, files)
 
@@ -91,7 +91,7 @@ def compile_all(engines: list[Engine], workload: Workload, say: Callable[[str], 
 def install(root: Path, engines: EngineSet, qualified: Mapping[str, Any] | None) -> None:
     """Name engines in the manifest, then drop what an older set of this name had.
 
-    qualified: what they passed on this machine's GPU; None if they do not run here.
+    qualified: what they passed, by GPU; None if they do not run here.
     """
     old: set[str] = set()
 
@@ -99,9 +99,9 @@ def install(root: Path, engines: EngineSet, qualified: Mapping[str, Any] | None)
         sets, known = manifest.setdefault("engines", {}), manifest["files"]
         before = sets.get(engines.name)
         same = before and all(known.get(file) == it for file, it in engines.files.items())
-        same = same and _plain({**before, "qualified": False}) == _plain(engines.entry)
+        same = same and _plain({**before, "qualified": {}}) == _plain(engines.entry)
         # What the same engines have passed elsewhere still holds.
-        passed = qualified or (before["qualified"] if same else False)
+        passed = {**(before["qualified"] if same else {}), **(qualified or {})}
         if before:
             old.update(part["file"] for part in before["components"].values())
         old.difference_update(engines.files)

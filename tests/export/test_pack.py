@@ -61,7 +61,7 @@ def test_it_holds_what_engines_need(whole: Path, packed: Path) -> None:
 def test_packing_again_finds_it_there(whole: Path, packed: Path) -> None:
     """What its engines have passed since does not make it another."""
     said: list[str] = []
-    passed = {"gpu": "NVIDIA GeForce RTX 5090"}
+    passed = {"NVIDIA GeForce RTX 5090": {"velocity_error": 0.01}}
     update_manifest(packed, lambda it: it["engines"][SET].update(qualified=passed))
     build(None, Order(whole, "tensorrt-rtx", "sm_120", ((64, 64),), pack=packed), said.append)
     assert said[-1] == f"pack: {packed} is there"

@@ -17,7 +17,13 @@ from fluxkontext.runtime import (
     loader,
 )
 from fluxkontext.runtime import bundle as bundles
-from fluxkontext.runtime.bundle import digest, dump_manifest, open_bundle, read_manifest
+from fluxkontext.runtime.bundle import (
+    digest,
+    dump_manifest,
+    open_bundle,
+    read_manifest,
+    update_manifest,
+)
 from fluxkontext.runtime.cli import main
 
 
@@ -189,6 +195,13 @@ def test_a_digest_is_of_the_whole_file(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "file").write_bytes(data)
     parts = [hashlib.sha256(data[i : i + 1000]).digest() for i in range(0, 3500, 1000)]
     assert digest(tmp_path / "file") == hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def test_a_bundle_that_cannot_be_written_says_what_to_do(copy: Path) -> None:
+    (copy / ".manifest.lock").mkdir()  # permissions would not hold a root user
+    with pytest.raises(KontextError, match=r"can be written, found: .*; copy it to a") as caught:
+        update_manifest(copy, lambda it: it.update(model="other"))
+    assert "\n" not in str(caught.value)
 
 
 def test_inspect_and_doctor(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

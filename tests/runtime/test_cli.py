@@ -244,6 +244,13 @@ def test_doctor(run: Run) -> None:
     assert "need a CUDA device" in kernels["norm_rope"]["triton"]
 
 
+def test_doctor_replays_on_a_device_of_ones_choice(run: Run) -> None:
+    code, out, _ = run("doctor", "mini", "--device", "cpu", "--json")
+    assert code == 0
+    assert json.loads(out)["bundle"]["golden edit"]["precision"] == "fp32"
+    assert_error(run("doctor", "--device", "cuda:1"), 2, "--device: expected a bundle")
+
+
 def test_version_and_help(run: Run) -> None:
     assert run("--version") == (0, f"fluxkontext {__version__}\n", "")
     for arguments in (["--help"], ["edit", "--help"], ["inspect", "--help"]):

@@ -90,6 +90,23 @@ def test_a_shape_outside_is_named() -> None:
         check_shapes("clip", profile, {"ids": (3, 77)})
 
 
+@pytest.mark.parametrize(
+    ("shapes", "option"),
+    [
+        ({"latents": (2, 16, 64)}, "--batch"),
+        ({"latents": (1, 17, 64)}, "--size"),
+        ({"context": (1, 33, 64)}, "--contexts"),
+        ({"context": (1, 0, 64)}, "--contexts"),
+    ],
+)
+def test_the_option_that_widens_it_is_named(
+    shapes: dict[str, tuple[int, ...]], option: str
+) -> None:
+    profile = {"latents": ((1, 16, 64),) * 3, "context": ((1, 16, 64), (1, 16, 64), (1, 32, 64))}
+    with pytest.raises(EngineMismatchError, match=f"with: fluxkontext build {option}$"):
+        check_shapes("transformer", profile, shapes)
+
+
 RECIPE = Recipe("tensorrt-rtx", "1.7.1.116", "sm_120", None, "bf16", ("strongly-typed",))
 
 
@@ -115,7 +132,7 @@ def test_a_key_depends_on_everything() -> None:
 
 def entry(**changes: Any) -> dict[str, Any]:
     base = {"library": "tensorrt-rtx", "version": "1.7.1.116", "target": "sm_89", "gpu": None}
-    return {**base, "qualified": False, **changes}
+    return {**base, "qualified": {}, **changes}
 
 
 @pytest.mark.parametrize(
@@ -126,7 +143,7 @@ def entry(**changes: Any) -> dict[str, Any]:
         ({"library": "tensorrt"}, ADA, r"expected tensorrt 1.7.1.116, found it not installed"),
         ({"gpu": {"name": "NVIDIA L4"}}, OTHER_ADA, r"expected NVIDIA L4, found NVIDIA GeForce"),
         ({}, ADA, r"did not pass on this NVIDIA L4 yet: run doctor"),
-        ({"qualified": {"gpu": "NVIDIA L4"}}, OTHER_ADA, r"did not pass on this NVIDIA GeForce"),
+        ({"qualified": {"NVIDIA L4": {}}}, OTHER_ADA, r"did not pass on this NVIDIA GeForce"),
     ],
 )
 def test_engines_that_do_not_fit(changes: dict[str, Any], gpu: Gpu, reason: str) -> None:
@@ -137,12 +154,15 @@ def test_engines_that_do_not_fit(changes: dict[str, Any], gpu: Gpu, reason: str)
 
 
 def test_engines_that_fit() -> None:
-    passed = entry(qualified={"gpu": ADA.name})
+    passed = entry(qualified={ADA.name: {}})
     sets = {"blackwell": entry(target="sm_120"), "ada": passed}
     assert choose_set({"engines": sets}, ADA, RTX, qualified=True) == ("ada", passed)
     assert choose_set({"engines": sets}, BLACKWELL, RTX, qualified=False)[0] == "blackwell"
     assert is_qualified(passed, ADA)
     assert not is_qualified(passed, OTHER_ADA)
+    both = entry(qualified={ADA.name: {}, OTHER_ADA.name: {}})
+    assert is_qualified(both, ADA)
+    assert is_qualified(both, OTHER_ADA)
 
 
 def test_a_bundle_without_engines_says_so() -> None:
