@@ -68,6 +68,9 @@ class Backend(Protocol):
     text_features: tuple[int, int]
     """Of a prompt: how many its pooled vector has, and how many each of its tokens."""
 
+    max_batch: int | None
+    """Edits of equal shape that it runs together, at most; None: as many as memory takes."""
+
     def encode_text(self, prompt: TokenIds | Embeddings) -> Handle:
         """Text conditioning of one prompt."""
 

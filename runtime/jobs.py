@@ -168,9 +168,11 @@ def _torch_normal(generator: Any, shape: tuple[int, ...]) -> Floats:
     return noise
 
 
-def groups(jobs: Sequence[Job]) -> Iterator[list[Job]]:
-    """Jobs of equal shape together, in order of first appearance."""
+def groups(jobs: Sequence[Job], most: int | None) -> Iterator[list[Job]]:
+    """Jobs of equal shape together, up to ``most``, in order of first appearance."""
     by_shape: dict[object, list[Job]] = {}
     for job in jobs:
         by_shape.setdefault(job.shape, []).append(job)
-    yield from by_shape.values()
+    for alike in by_shape.values():
+        count = most or len(alike)
+        yield from (alike[start : start + count] for start in range(0, len(alike), count))

@@ -224,7 +224,7 @@ class KontextPipeline:
             max_sequence_length=self._text_length(max_sequence_length),
         )
         schedules = {job.target: self._sigmas(job.target, sampling) for job in jobs}
-        batches = list(groups(jobs))
+        batches = list(groups(jobs, self.backend.max_batch))
 
         def after_step(state: State, i: int, sigma: float) -> None:
             if callback_on_step_end is not None:

@@ -66,6 +66,7 @@ class NativeBackend:
     """Implements :class:`fluxkontext.runtime.backend.Backend`."""
 
     name = "native"
+    max_batch: int | None = None
     graphs = True
     """Whether steps may be recorded, where the device can and there is room; recorded ones run no
     Python."""

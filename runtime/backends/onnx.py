@@ -68,6 +68,7 @@ class OnnxBackend:
 
     name = "onnx"
     leaves = False
+    max_batch: int | None = None
 
     def __init__(self, bundle: Bundle, device: str, precision: str) -> None:
         """Open a bundle. device: ``auto``, ``cpu``, ``cuda``; precision: ``auto`` or its own."""

@@ -68,6 +68,7 @@ class TensorRtBackend:
         place = f"{self.set_name}-{self.gpu.name.replace(' ', '_')}"
         kernels = cache_folder() / "kernels" / place
         parts: Mapping[str, Mapping[str, Any]] = entry["components"]
+        self.max_batch: int | None = parts["transformer"]["profile"]["latents"][-1][0]
         self._engines = {
             name: Engine(
                 self.library,

@@ -13,7 +13,7 @@ from PIL import Image
 
 from fluxkontext.runtime import InvalidInputError, KontextPipeline
 from fluxkontext.runtime.backend import Embeddings
-from fluxkontext.runtime.jobs import Job, draw_noise
+from fluxkontext.runtime.jobs import Job, draw_noise, groups
 from fluxkontext.runtime.noise import NoiseStream
 from fluxkontext.runtime.request import Edit, Prompt, pair, picture_size, texts_of
 
@@ -281,6 +281,39 @@ def test_one_seed_is_one_stream(pipe: KontextPipeline) -> None:
         assert sorted(values.ravel()) == sorted(job.noise.ravel())
         np.testing.assert_allclose(job.noise, other.noise, atol=2e-6)
         assert (job.seed, other.seed) == (5, None)
+
+
+@pytest.mark.parametrize("most", [1, 2, None])
+def test_groups_are_as_large_as_the_backend_takes(most: int | None) -> None:
+    """In order of first appearance, whatever a group is cut into."""
+    mixed = jobs(None, (64, 64), (32, 32), (64, 64), (64, 64), (32, 32))
+    number = {id(job): i for i, job in enumerate(mixed)}
+    cut = [[number[id(job)] for job in group] for group in groups(mixed, most)]
+    assert (
+        cut
+        == {
+            1: [[0], [2], [3], [1], [4]],
+            2: [[0, 2], [3], [1, 4]],
+            None: [[0, 2, 3], [1, 4]],
+        }[most]
+    )
+
+
+def test_edits_beyond_the_largest_batch_follow_one_another(
+    pipe: KontextPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[int] = []
+    begin = pipe.backend.begin
+    monkeypatch.setattr(
+        pipe.backend, "begin", lambda batch: (begun.append(len(batch.noise)), begin(batch))[1]
+    )
+    call: dict[str, Any] = {"prompt": "x", "num_inference_steps": 1, "seed": 3}
+    together = pipe(**call, num_images_per_prompt=3, output_type="np")
+    monkeypatch.setattr(pipe.backend, "max_batch", 2)
+    apart = pipe(**call, num_images_per_prompt=3, output_type="np")
+    assert begun == [3, 2, 1]
+    np.testing.assert_allclose(apart.images, together.images, atol=1.01 / 255)
+    assert apart.settings == together.settings
 
 
 def test_a_generator_per_picture(pipe: KontextPipeline) -> None:
