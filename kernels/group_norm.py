@@ -1,7 +1,6 @@
 """GroupNorm, then SiLU: what stands before every convolution of the VAE.
 
 Three kernels: the moments of pieces of a picture, the merge of these, and the result.
-Pictures may lie channel by channel or, for convolutions on tensor cores, pixel by pixel.
 """
 
 from dataclasses import dataclass
@@ -38,33 +37,29 @@ CONFIG = Config()
 
 @triton.jit(do_not_specialize=["pixels", "piece"])
 def _moments_kernel(
-    x_ptr, mean_ptr, square_ptr, pixels, piece, x_batch, x_channel, x_pixel,
-    GROUPS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, DENSE_PIXELS: tl.constexpr,
+    x_ptr, mean_ptr, square_ptr, pixels, piece, x_batch, x_channel,
+    GROUPS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """Mean, and sum of squares about it, of each group in a piece of ``piece`` pixels.
+    """Mean, and sum of squares about it, of a group in a piece of ``piece`` pixels.
 
-    Grid: (pieces, 1 or groups, batch). WIDTH: channels of a group. Results: ``[B, groups,
-    pieces]``. DENSE_PIXELS: tiles are of one group, or else of all.
+    Grid: (pieces, groups, batch). WIDTH: channels of a group. Results: ``[B, groups, pieces]``.
     """
-    at, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    at, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     first = at * piece
     end = tl.minimum(first + piece, pixels)
-    G: tl.constexpr = 1 if DENSE_PIXELS else GROUPS
-    group = tl.program_id(1) + tl.arange(0, G)
-    channel = tl.program_id(1) * WIDTH + tl.arange(0, G * WIDTH)
+    channel = group * WIDTH + tl.arange(0, WIDTH)
     x_ptr += batch * x_batch + channel[None, :] * x_channel
-    mean = tl.zeros((G,), tl.float32)
-    square = tl.zeros((G,), tl.float32)
+    mean = 0.0
+    square = 0.0
     before = 0.0
     for start in tl.range(first, end, P):
         pixel = start + tl.arange(0, P)
         mask = (pixel < end)[:, None]
-        x = tl.load(x_ptr + pixel[:, None].to(tl.int64) * x_pixel, mask, 0.0).to(tl.float32)
+        x = tl.load(x_ptr + pixel[:, None], mask, 0.0).to(tl.float32)
         count = (tl.minimum(end - start, P) * WIDTH).to(tl.float32)
-        tile_mean = tl.sum(tl.sum(x, axis=0).reshape(G, WIDTH), axis=1) / count
-        each = tl.broadcast_to(tile_mean[:, None], (G, WIDTH)).reshape(1, G * WIDTH)
-        centred = tl.where(mask, x - each, 0.0)
-        tile_square = tl.sum(tl.sum(centred * centred, axis=0).reshape(G, WIDTH), axis=1)
+        tile_mean = tl.sum(tl.sum(x, axis=0), axis=0) / count
+        centred = tl.where(mask, x - tile_mean, 0.0)
+        tile_square = tl.sum(tl.sum(centred * centred, axis=0), axis=0)
         # Chan, Golub & LeVeque, "Updating formulae ... for computing sample variances", 1979
         away = tile_mean - mean
         mean += away * (count / (before + count))
@@ -100,22 +95,20 @@ def _merge_kernel(
 @triton.jit(do_not_specialize=["pixels", "pieces"])
 def _normalize_kernel(
     x_ptr, mean_ptr, inverse_ptr, weight_ptr, bias_ptr, out_ptr,
-    pixels, pieces, x_batch, x_channel, x_pixel,
-    GROUPS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, DENSE_PIXELS: tl.constexpr,
-    SILU: tl.constexpr,
+    pixels, pieces, x_batch, x_channel,
+    GROUPS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (blocks of pixels, 1 or groups, batch); the result has the strides of ``x``."""
-    batch = tl.program_id(2).to(tl.int64)
-    G: tl.constexpr = 1 if DENSE_PIXELS else GROUPS
-    channel = tl.program_id(1) * WIDTH + tl.arange(0, G * WIDTH)
-    moments = (batch * GROUPS + channel // WIDTH) * pieces
+    """Grid: (blocks of pixels, groups, batch)."""
+    group, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    channel = group * WIDTH + tl.arange(0, WIDTH)
+    moments = (batch * GROUPS + group) * pieces
     mean = tl.load(mean_ptr + moments)
     scale = tl.load(inverse_ptr + moments) * tl.load(weight_ptr + channel).to(tl.float32)
     shift = tl.load(bias_ptr + channel).to(tl.float32)
     pixel = tl.program_id(0) * P + tl.arange(0, P)
-    place = batch * x_batch + channel[None, :] * x_channel + pixel[:, None].to(tl.int64) * x_pixel
+    place = batch * x_batch + channel[None, :] * x_channel + pixel[:, None]
     x = tl.load(x_ptr + place, (pixel < pixels)[:, None], 0.0).to(tl.float32)
-    y = (x - mean[None, :]) * scale[None, :] + shift[None, :]
+    y = (x - mean) * scale[None, :] + shift[None, :]
     if SILU:
         y = y / (1 + tl.exp(-y))
     tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), (pixel < pixels)[:, None])
@@ -133,24 +126,22 @@ def launch_group_norm(
 ) -> tuple[Launch, Launch, Launch]:
     """Write the result for ``x [B, C, H, W]`` into ``out``, which may be x.
 
-    Dense by channels or by pixels, channels a power of two. moments: ``[2, B, groups, pieces]``
-    float32 of :func:`moments_shape`, overwritten.
+    Dense, channels a power of two. moments: ``[2, B, groups, pieces]`` float32 of
+    :func:`moments_shape`, overwritten.
     """
     batch, channels, height, width = x.shape
     pixels = height * width
-    assert out.stride() == x.stride(), (out.stride(), x.stride())
-    dense_pixels = x.is_contiguous()
-    assert dense_pixels or x.is_contiguous(memory_format=torch.channels_last), x.stride()
+    assert x.is_contiguous(), x.stride()
+    assert out.is_contiguous(), out.stride()
     assert moments.shape == moments_shape(x, groups), moments.shape
     pieces = moments.shape[-1]
     piece = triton.cdiv(pixels, pieces)
-    per_tile = channels // groups if dense_pixels else channels
-    block = max(CONFIG.elements // per_tile, 1)
-    sizes = {"mean_ptr": moments[0], "pixels": pixels, "WIDTH": channels // groups}
+    group = channels // groups
+    block = max(CONFIG.elements // group, 1)
+    sizes = {"mean_ptr": moments[0], "pixels": pixels, "WIDTH": group}
     picture = {
-        **sizes, "x_ptr": x, "x_batch": x.stride(0), "x_channel": pixels if dense_pixels else 1,
-        "x_pixel": 1 if dense_pixels else channels,
-        "GROUPS": groups, "P": block, "DENSE_PIXELS": dense_pixels,
+        **sizes, "x_ptr": x, "x_batch": x.stride(0), "x_channel": pixels,
+        "GROUPS": groups, "P": block,
     }  # fmt: skip
     merge = {
         **sizes, "square_ptr": moments[1], "piece": piece, "pieces": pieces, "eps": eps,
@@ -160,13 +151,12 @@ def launch_group_norm(
         **picture, "inverse_ptr": moments[1], "weight_ptr": weight, "bias_ptr": bias,
         "out_ptr": out, "pieces": pieces, "SILU": silu,
     }  # fmt: skip
-    rows = groups if dense_pixels else 1
     blocks = triton.cdiv(pixels, block)
     picture |= {"square_ptr": moments[1], "piece": piece}
     return (
-        Launch(_moments_kernel, (pieces, rows, batch), picture, CONFIG.warps),
+        Launch(_moments_kernel, (pieces, groups, batch), picture, CONFIG.warps),
         Launch(_merge_kernel, (batch * groups,), merge, warps=1),
-        Launch(_normalize_kernel, (blocks, rows, batch), result, CONFIG.warps),
+        Launch(_normalize_kernel, (blocks, groups, batch), result, CONFIG.warps),
     )
 
 
@@ -174,7 +164,7 @@ def moments_shape(x: Tensor, groups: int) -> tuple[int, int, int, int]:
     """How large the scratch of :func:`launch_group_norm` is for ``x``."""
     pixels = x.shape[2] * x.shape[3]
     tiles = triton.cdiv(pixels * x.shape[1], CONFIG.elements)
-    pieces = min(CONFIG.pieces, max(tiles // (groups if x.is_contiguous() else 1), 1))
+    pieces = min(CONFIG.pieces, max(tiles // groups, 1))
     # Every piece holds a pixel, the last one too.
     return 2, x.shape[0], groups, triton.cdiv(pixels, triton.cdiv(pixels, pieces))
 
@@ -183,8 +173,7 @@ def moments_shape(x: Tensor, groups: int) -> tuple[int, int, int, int]:
 def _group_norm_silu(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool
 ) -> Tensor:
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        x = x.contiguous()
+    x = x.contiguous()
     out = torch.empty_like(x)
     moments = torch.empty(moments_shape(x, groups), dtype=torch.float32, device=x.device)
     for launch in launch_group_norm(out, moments, x, groups, weight, bias, eps, silu):
@@ -194,9 +183,7 @@ def _group_norm_silu(
 
 @_group_norm_silu.register_fake
 def _(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        x = x.contiguous()
-    return torch.empty_like(x)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def group_norm_silu(
