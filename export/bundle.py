@@ -48,8 +48,9 @@ def write_bundle(
 ) -> None:
     """Export ``checkpoint`` to the folder ``out``, which must not exist; no weight is read.
 
-    precision: of the graphs for GPUs, ``fp32``, ``bf16`` or ``fp16``; those for CPUs compute in
-    fp32. Quantised weights stay as they are stored, and their products as the recipe says.
+    precision: of the graphs for GPUs, ``fp32``, ``bf16`` or ``fp16`` (what leaves fp16's range, as
+    T5's last matrices and a VAE with ``force_upcast`` do, in fp32); those for CPUs compute in fp32.
+    Quantised weights stay as they are stored, and their products as the recipe says.
     weights: ``link`` (hard links; copies where the file system has none) or ``copy``.
     calibration: with it, attention of an ``fp8-static`` checkpoint is in FP8 on GPUs, too.
     extra: for the manifest.

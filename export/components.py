@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..kernels import KernelSet
 from ..runtime.checkpoint import Checkpoint, Component
 from ..runtime.contract import GRAPHS, TensorSpec
-from ..runtime.loading import build
+from ..runtime.loading import build, kinds
 from ..runtime.models.clip import ClipText
 from ..runtime.models.t5 import T5Encoder
 from ..runtime.models.transformer import Flux
@@ -67,7 +67,8 @@ class Graph:
 
 
 def graphs(checkpoint: Checkpoint, dtype: torch.dtype, ops: KernelSet) -> list[Graph]:
-    """All graphs of a checkpoint, computing in ``dtype`` with the given kernels."""
+    """All graphs of a checkpoint, computing in ``dtype`` with the given kernels; what leaves
+    float16's range does so in float32, as on the native backend."""
     transformer, vae = checkpoint.transformer, checkpoint.vae
     sizes = {
         "hidden": transformer.config.hidden_size,
@@ -100,10 +101,16 @@ def graphs(checkpoint: Checkpoint, dtype: torch.dtype, ops: KernelSet) -> list[G
             k.removeprefix("network."): tuple(t.shape) for k, t in module.state_dict().items()
         }
         match(component.name, stored, component.weights, component.locate)
-        split_projections(module).to(dtype)
+        _cast(split_projections(module.get_submodule("network")), dtype)
         inputs, outputs = ({k: s.sized(sizes) for k, s in io.items()} for io in GRAPHS[name])
         made.append(Graph(name, component, module, inputs, outputs))
     return made
+
+
+def _cast(network: nn.Module, dtype: torch.dtype) -> None:
+    wanted = kinds(network, dtype)
+    for name, parameter in network.named_parameters():
+        parameter.data = parameter.to(wanted[name])
 
 
 class ClipGraph(nn.Module):

@@ -36,6 +36,13 @@ def build(make: Callable[[], Module]) -> Module:
         return make().eval().requires_grad_(False)
 
 
+def kinds(module: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Name -> type of each tensor of ``module`` where it computes in ``dtype``: what it lists in
+    ``fp16_exceptions`` stays float32 when that is float16."""
+    wide = tuple(getattr(module, "fp16_exceptions", ())) if dtype == torch.float16 else ()
+    return {name: torch.float32 if name.endswith(wide) else dtype for name in module.state_dict()}
+
+
 def load(
     component: Component[Config],
     make: Callable[[Config], Module],
@@ -46,20 +53,16 @@ def load(
     """Make the module of ``component`` with its weights on ``device`` in ``dtype``.
 
     quantised: layers that are stored in FP8 or NVFP4, or that its recipe quantises, run as such
-    (:mod:`.models.quantised`); None dequantises what is stored into ``dtype``. Tensors that the
-    module lists in ``fp16_exceptions`` stay float32 when ``dtype`` is float16.
+    (:mod:`.models.quantised`); None dequantises what is stored. Types are those of :func:`kinds`.
 
     Each tensor is allocated once, in its place, and filled from the memory-mapped file piece by
     piece; no second copy of the weights exists. Raises CheckpointError unless the names and shapes
     are exactly those of the module.
     """
     module = build(lambda: make(component.config))
-    exceptions = getattr(module, "fp16_exceptions", ()) if dtype == torch.float16 else ()
+    kind = kinds(module, dtype)
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     pieces = match(component.name, wanted, component.weights, component.locate)
-
-    def kind(name: str) -> torch.dtype:
-        return torch.float32 if name.endswith(tuple(exceptions)) else dtype
 
     with ExitStack() as stack:
         reader = Reader(component, stack, device)
@@ -70,11 +73,11 @@ def load(
                 weight = f"{name}.weight"
                 columns = layer.in_features
                 if found := reader.quantised(pieces[weight], name, columns, quantised.recipe):
-                    new = stand_in(layer, found, quantised.kernels, kind(weight))
+                    new = stand_in(layer, found, quantised.kernels, kind[weight])
                     module.set_submodule(name, new)
                     state |= {f"{name}.{k}": v for k, v in found.tensors.items()}
         for name, shape in wanted.items():
             if name not in state:
-                state[name] = reader.floats(pieces[name], shape, kind(name))
+                state[name] = reader.floats(pieces[name], shape, kind[name])
     module.load_state_dict(state, assign=True)
     return module

@@ -97,10 +97,7 @@ class NativeBackend:
         self.leaves = self._device.type == "cuda"
         self._weights = choose_precision(precision, checkpoint, self._device)
         self.precision = self._weights.name
-        self._dtype = dtype = self._weights.dtype
-        # fp16 overflows in the decoder, as the checkpoint's config warns
-        upcast = dtype == torch.float16 and checkpoint.vae.config.force_upcast
-        self._vae_dtype = torch.float32 if upcast else dtype
+        self._dtype = self._weights.dtype
         self.budget = None
         if vram_budget is not None:
             self.budget = self._plan(ModelShapes.of(checkpoint), vram_budget, text_tokens)
@@ -134,9 +131,8 @@ class NativeBackend:
         }
         self._clip = self._load(checkpoint.text_encoder, ClipText, dtype)
         self._t5 = self._load(checkpoint.text_encoder_2, T5Encoder, dtype)
-        self._vae = self._load(
-            checkpoint.vae, lambda c: Vae(c, ops.group_norm_silu), self._vae_dtype
-        )
+        self._vae = self._load(checkpoint.vae, lambda c: Vae(c, ops.group_norm_silu), dtype)
+        self._vae_dtype = next(self._vae.parameters()).dtype  # not always that of the others
         self._flux = self._load(checkpoint.transformer, lambda c: Flux(c, ops), dtype)
         self._executor = Executor(self._flux, self._device, dtype, max_graphs)
 

@@ -29,6 +29,8 @@ class Vae(nn.Module):
     def __init__(self, config: VaeConfig, norm_op: NormOp | None = None) -> None:
         super().__init__()
         self.config = config
+        # the decoder leaves fp16's range, as the checkpoint's config warns
+        self.fp16_exceptions = (".weight", ".bias") if config.force_upcast else ()
         norm = partial(GroupNorm, norm_op or reference().group_norm_silu, config.norm_num_groups)
         self.encoder = Encoder(config, norm)
         self.decoder = Decoder(config, norm)
