@@ -72,7 +72,7 @@ def open_played(
     monkeypatch.setattr(tensorrt, "installed", lambda: versions)
     manifest = read_manifest(built)
     manifest["engines"][SET].update(
-        library=request.param, version="11.4.0.106", qualified={"gpu": GPU}
+        library=request.param, version="11.4.0.106", qualified={GPU: {}}
     )
     bundle = Bundle(built, manifest)
 
