@@ -3,7 +3,8 @@
 As shipped (3.6, 3.7) it does bf16 arithmetic on the raw bits, truncates when it rounds to bf16,
 carries wrongly when it rounds to FP8, and has no ``tl.dot_scaled``. The builder below computes in
 float32 whatever numpy has no type for, and rounds as torch does: to nearest, ties to even.
-FP8 saturates, as PTX's ``cvt.rn.satfinite`` does, and its products are summed as Hopper does.
+FP8 saturates, as PTX's ``cvt.rn.satfinite`` does; where chips differ, it is as imprecise as any:
+rounded to float16 before, as on Ada, and its products summed as on Hopper.
 
 ``TRITON_INTERPRET=1`` must be in the environment before triton is imported.
 """
@@ -78,7 +79,8 @@ class CorrectedBuilder(InterpreterBuilder):
     def cast_impl(self, src: TensorHandle, dst_type: Any) -> TensorHandle:
         source, target = src.dtype.scalar, dst_type.scalar
         if source in TORCH and target in TORCH:
-            bits = to_bits(to_torch(src.data, source), target)
+            values = to_torch(src.data, source)
+            bits = to_bits(values.half() if target in FP8 else values, target)
             return TensorHandle(bits.reshape(src.data.shape), target)
         if target in PACKED:  # from integers
             return rounded(src.data.astype(np.float32), target)

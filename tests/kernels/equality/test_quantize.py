@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from fluxkontext.kernels.gelu import gelu, gelu_beside, gelu_beside_ref, gelu_ref, launch_gelu
+from fluxkontext.kernels.launch import Launch
 from fluxkontext.kernels.quantize import (
     FP8,
+    e4m3_rounded,
     launch_quantize_rows,
     quantize_rows,
     quantize_rows_ref,
@@ -55,6 +59,23 @@ def test_quantize_tensor(shape: tuple[int, ...], dtype: torch.dtype, device: tor
     assert torch.equal(q.float(), q_ref.float())
     assert q.float().abs().max() == 448 or x.abs().max() < 448 * 0.02
     assert torch.equal(one, one_ref)
+
+
+@triton.jit
+def _rounded_kernel(x_ptr, out_ptr, N: tl.constexpr):
+    at = tl.program_id(0) * N + tl.arange(0, N)
+    tl.store(out_ptr + at, e4m3_rounded(tl.load(x_ptr + at)))
+
+
+def test_e4m3_is_rounded_to_once(device: torch.device) -> None:
+    """Every number of E4M3, all that lies halfway between two, and the next float32 to each."""
+    codes = torch.arange(127, dtype=torch.uint8).view(FP8).float()
+    points = torch.cat((codes, (codes[1:] + codes[:-1]) / 2))
+    points = torch.cat((points, *(points.nextafter(torch.tensor(to)) for to in (0.0, 1e3))))
+    x = torch.cat((points, -points, torch.randn(2048 - 1518))).clamp(-448, 448).to(device)
+    out = torch.empty_like(x)
+    Launch(_rounded_kernel, (8,), {"x_ptr": x, "out_ptr": out, "N": 256})()
+    assert torch.equal(out, x.to(FP8).float())
 
 
 @pytest.mark.usefixtures("_fp8")
