@@ -32,6 +32,10 @@ LONGEST = 5
 """Widths that the longest product sums over: a single block's, of the stream and its MLP."""
 
 
+class BrokenContextError(RuntimeError):
+    """A kernel faulted so that this process can do nothing more on its device."""
+
+
 def proven(
     device: torch.device,
     dtype: torch.dtype,
@@ -45,7 +49,7 @@ def proven(
 
     head_dim, width, channels: the model's, which the inputs have. named: ops to have one
     implementation or none. Raises ValueError where what is named does not exist, cannot be used or
-    fails.
+    fails, and where a kernel has left the device unusable.
     """
     situation, named = Situation(device, dtype, head_dim, channels), named or {}
     if unknown := named.keys() - candidates.keys():
@@ -53,7 +57,10 @@ def proven(
     chosen = {}
     for op in candidates:
         for candidate in usable(op, situation, named.get(op), candidates):
-            fault = fault_of(op, candidate, situation, width)
+            try:
+                fault = fault_of(op, candidate, situation, width)
+            except BrokenContextError as error:
+                raise ValueError(str(error)) from error
             if fault is None:
                 chosen[op] = candidate
                 break
@@ -82,7 +89,10 @@ def trials(
 
 
 def fault_of(op: str, candidate: Candidate, situation: Situation, width: int) -> str | None:
-    """What is wrong with ``candidate`` on inputs of ``width`` channels; None if nothing is."""
+    """What is wrong with ``candidate`` on inputs of ``width`` channels; None if nothing is.
+
+    Raises BrokenContextError where nothing else can be run after it.
+    """
     reference_op: Callable[..., Any] = getattr(reference(), op)
     plain = candidate.plain or reference_op
     if candidate.run is plain:
@@ -92,12 +102,28 @@ def fault_of(op: str, candidate: Candidate, situation: Situation, width: int) ->
     args = [_each(arg, situation.device) for arg in case.make(draw, situation, width)]
     try:
         found = case.seen(candidate.run(*args))
+        _settle(situation.device)
     except Exception as error:  # whatever a compiler or a driver raises
-        return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
+        try:
+            _settle(situation.device)
+        except Exception:
+            safe = next(c.name for c in CANDIDATES[op] if c.run is reference_op)
+            raise BrokenContextError(
+                f"{op}: {candidate.name} broke the CUDA context ({reason}); start again with "
+                f"kernels={{'{op}': '{safe}'}}"
+            ) from error
+        return reason
     expected = case.seen(plain(*args))
     exact = (case.exact or reference_op)(*(_each(arg, torch.float64) for arg in args))
     faults = map(broken_rule, _several(found), _several(expected), _several(exact))
     return next((fault for fault in faults if fault), None)
+
+
+def _settle(device: torch.device) -> None:
+    """Wait for what is queued: a kernel's fault is raised by whatever waits next."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def broken_rule(result: Tensor, expected: Tensor, exact: Tensor) -> str | None:
