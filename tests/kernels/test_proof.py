@@ -1,13 +1,16 @@
 """Kernels are tried at load: a wrong one is replaced, or refused when it was asked for by name."""
 
 import logging
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fluxkontext.kernels import proven
+from fluxkontext.kernels import proof, proven
 from fluxkontext.kernels.candidates import CANDIDATES, Candidate, Situation
 from fluxkontext.kernels.gelu import gelu_ref
 from fluxkontext.kernels.kernel_set import reference
@@ -46,6 +49,49 @@ def test_a_wrong_kernel_is_replaced(found: str, caplog: pytest.LogCaptureFixture
     with pytest.raises(ValueError, match=f"found .*{found}") as error:
         proven(CPU, torch.float32, 64, 192, {"gelu": "new"}, candidates(WRONG[found]))
     assert str(error.value) == message
+
+
+def test_a_kernel_that_breaks_the_device_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is launched without an error, and faults as it runs; after that nothing runs."""
+
+    def settle(_: torch.device) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nand more")
+
+    monkeypatch.setattr(proof, "_settle", settle)
+    right = candidates(lambda x: gelu_ref(x.clone()))
+    with pytest.raises(ValueError, match="broke") as error:
+        proven(CPU, torch.float32, 64, 192, candidates={"gelu": right["gelu"]})
+    assert str(error.value) == (
+        "gelu: new broke the CUDA context (RuntimeError: CUDA error: an illegal memory access was "
+        "encountered); start again with kernels={'gelu': 'torch'}"
+    )
+
+
+_BREAKS = """
+import torch
+from fluxkontext.kernels import proven
+from fluxkontext.kernels.candidates import CANDIDATES, Candidate
+
+def faulty(x):
+    torch.zeros(1, device=x.device)[torch.full((1,), 5, device=x.device)]
+    return torch.empty_like(x)
+
+known = {"gelu": (Candidate("new", faulty, lambda _: None), *CANDIDATES["gelu"])}
+try:
+    proven(torch.device("cuda", 0), torch.bfloat16, 64, 192, candidates=known)
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.gpu
+def test_a_fault_on_a_gpu_is_found_in_the_trial(
+    namespace_env: dict[str, str], tmp_path: Path
+) -> None:
+    """In a process of its own, which has no use of the GPU afterwards."""
+    command = [sys.executable, "-c", _BREAKS]
+    done = subprocess.run(command, env=namespace_env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.startswith("gelu: new broke the CUDA context ("), done.stderr
 
 
 def test_a_right_kernel_is_taken(caplog: pytest.LogCaptureFixture) -> None:
