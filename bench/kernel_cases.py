@@ -20,7 +20,11 @@ from ..kernels.gelu import launch_gelu, launch_gelu_beside_rows
 from ..kernels.group_norm import launch_group_norm, moments_shape
 from ..kernels.launch import Launch
 from ..kernels.linear_fp8 import Fp8Product, launch_linear_fp8
-from ..kernels.linear_w4a4 import launch_linear_w4a4, launch_quantize_nvfp4
+from ..kernels.linear_w4a4 import (
+    launch_linear_w4a4,
+    launch_quantize_nvfp4,
+    launch_round_nvfp4,
+)
 from ..kernels.linear_w4a16 import launch_linear_w4a16
 from ..kernels.modulate import launch_modulate
 from ..kernels.norm_rope import launch_norm_rope
@@ -137,22 +141,26 @@ def _attention(chip: Chip) -> Cases:
 
 
 def _linear_fp8(chip: Chip) -> Cases:
-    if not chip.fp8:
-        return
-
-    def product(tokens: int, one_scale: bool = False) -> tuple[Tensor, Fp8Product]:
-        x, weight = empty(1, tokens, WIDTH, dtype=FP8), empty(3 * WIDTH, WIDTH, dtype=FP8)
+    def product(
+        tokens: int, one_scale: bool = False, dtype: torch.dtype = FP8
+    ) -> tuple[Tensor, Fp8Product]:
+        x, weight = empty(1, tokens, WIDTH, dtype=dtype), empty(3 * WIDTH, WIDTH, dtype=dtype)
         x_scale = empty(1, 1 if one_scale else tokens, 1, dtype=FP32)
         w_scale, bias = empty(1 if one_scale else 3 * WIDTH, dtype=FP32), empty(3 * WIDTH)
         return empty(1, tokens, 3 * WIDTH), Fp8Product(x, x_scale, weight, w_scale, bias)
 
-    for name, products in {
-        "rows": [product(TOKENS)],
-        "tensor": [product(TOKENS, one_scale=True)],
-        "rows two streams": [product(TEXT_TOKENS), product(TOKENS - TEXT_TOKENS)],
-    }.items():
-        outs, given = zip(*products, strict=True)
-        yield f"linear_fp8 {name}", launch_linear_fp8(outs, given, chip)
+    for kind, dtype in {"": FP8, " upcast": BF16}.items():
+        if dtype == FP8 and not chip.fp8:
+            continue
+        for name, products in {
+            "rows": [product(TOKENS, dtype=dtype)],
+            "tensor": [product(TOKENS, True, dtype)],
+            "rows two streams": [
+                product(tokens, dtype=dtype) for tokens in (TEXT_TOKENS, TOKENS - TEXT_TOKENS)
+            ],
+        }.items():
+            outs, given = zip(*products, strict=True)
+            yield f"linear_fp8 {name}{kind}", launch_linear_fp8(outs, given, chip)
 
 
 def _nvfp4(rows: int) -> NvFp4:
@@ -165,6 +173,7 @@ def _linear_nvfp4(chip: Chip) -> Cases:
     x, out, bias = empty(TOKENS, WIDTH), empty(TOKENS, 3 * WIDTH), empty(3 * WIDTH)
     weight, x4 = _nvfp4(3 * WIDTH), _nvfp4(TOKENS)
     yield "linear_w4a16 bf16", launch_linear_w4a16(out, x, weight, bias, chip)
+    yield "round_nvfp4 bf16", launch_round_nvfp4(x, x, weight.scale)
     if chip.fp4:
         yield "quantize_nvfp4 bf16", launch_quantize_nvfp4(x4, x)
         yield "linear_w4a4", launch_linear_w4a4(out, x4, weight, bias, chip)

@@ -32,8 +32,8 @@ from ..kernels.gelu import (
 )
 from ..kernels.group_norm import group_norm_silu_ref, launch_group_norm, moments_shape
 from ..kernels.launch import Launch
-from ..kernels.linear_fp8 import Fp8Product, launch_linear_fp8
-from ..kernels.linear_w4a4 import launch_linear_w4a4, launch_quantize_nvfp4
+from ..kernels.linear_fp8 import Fp8Product, launch_linear_fp8, linear_fp8_upcast
+from ..kernels.linear_w4a4 import launch_linear_w4a4, launch_quantize_nvfp4, linear_w4a4_upcast
 from ..kernels.linear_w4a16 import launch_linear_w4a16
 from ..kernels.modulate import launch_modulate, modulate_ref, residual_modulate_ref
 from ..kernels.norm_rope import id_table, launch_norm_rope, qk_norm_rope_ref, rope_table
@@ -250,8 +250,7 @@ def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], 
 def _linear(chip: Chip, name: str, inner: int, columns: int) -> Iterator[Timed]:
     x, weight, bias = randn(TOKENS, inner), 0.02 * randn(columns, inner), randn(columns)
     out, flops = randn(TOKENS, columns), 2 * TOKENS * inner * columns
-    if chip.fp8:
-        yield _linear_fp8(name, x, weight, bias, chip)
+    yield _linear_fp8(name, x, weight, bias, chip)
     packed = pack(weight)
     yield Timed(
         f"linear_w4a16 {name}", size(x, packed.packed, packed.block_scale, out), flops, "bf16",
@@ -260,14 +259,16 @@ def _linear(chip: Chip, name: str, inner: int, columns: int) -> Iterator[Timed]:
             "bf16 weights": lambda: F.linear(x, weight, bias),
         },
     )  # fmt: skip
-    if not chip.fp4:
-        return
     x4 = pack(x)
-    quantize = launch_quantize_nvfp4(x4, x)
-    product = launch_linear_w4a4(out, x4, packed, bias, chip)
+    runs: dict[str, Callable[[], object]] = {}
+    if chip.fp4:
+        quantize = launch_quantize_nvfp4(x4, x)
+        product = launch_linear_w4a4(out, x4, packed, bias, chip)
+        runs = {"triton": product, "triton, quantize before": in_turn(quantize, product)}
     yield Timed(
-        f"linear_w4a4 {name}", size(x4.packed, packed.packed, out), flops, "nvfp4",
-        {"triton": product, "triton, quantize before": in_turn(quantize, product)},
+        f"linear_w4a4 {name}", size(x4.packed, packed.packed, out), flops,
+        "nvfp4" if chip.fp4 else "bf16",
+        {**runs, "triton, upcast": lambda: linear_w4a4_upcast(x, x4.scale, packed, bias)},
     )  # fmt: skip
 
 
@@ -278,8 +279,15 @@ def _linear_fp8(name: str, x: Tensor, weight: Tensor, bias: Tensor, chip: Chip) 
     whole = Fp8Product(x8[None], x_scale[None], w8, w_scale.squeeze(-1), bias)
     parts = [slice(None, TEXT_TOKENS), slice(TEXT_TOKENS, None)]
     streams = [whole._replace(x=whole.x[:, it], x_scale=whole.x_scale[:, it]) for it in parts]
+    problem = f"linear_fp8 {name}", size(x8, w8, out), 2 * x.numel() * len(weight)
+    plain: dict[str, Callable[[], object]] = {
+        "triton, upcast": lambda: linear_fp8_upcast([whole]),
+        "bf16": lambda: F.linear(x, weight, bias),
+    }
+    if not chip.fp8:
+        return Timed(*problem, "bf16", plain)
     return Timed(
-        f"linear_fp8 {name}", size(x8, w8, out), 2 * x.numel() * len(weight), "fp8",
+        *problem, "fp8",
         {
             "triton, rows": launch_linear_fp8([out], [whole], chip),
             "triton, two streams": launch_linear_fp8([out[:, it] for it in parts], streams, chip),
@@ -295,7 +303,7 @@ def _linear_fp8(name: str, x: Tensor, weight: Tensor, bias: Tensor, chip: Chip) 
             "_scaled_mm, tensor": lambda: torch._scaled_mm(
                 x8, w8.T, one, one, bias, out_dtype=bf16, use_fast_accum=True
             ),
-            "bf16": lambda: F.linear(x, weight, bias),
+            **plain,
         },
     )  # fmt: skip
 

@@ -1,5 +1,6 @@
 """Which implementations every op has, where each can run, and which of them is chosen."""
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,9 +28,9 @@ from .gelu import (
 from .group_norm import group_norm_silu, group_norm_silu_ref
 from .kernel_set import KernelSet
 from .linear_fp8 import CONFIGS as FP8_CONFIGS
-from .linear_fp8 import linear_fp8, linear_fp8_ref, linear_fp8_scaled_mm
+from .linear_fp8 import linear_fp8, linear_fp8_ref, linear_fp8_scaled_mm, linear_fp8_upcast
 from .linear_w4a4 import CONFIGS as W4A4_CONFIGS
-from .linear_w4a4 import linear_w4a4, linear_w4a4_ref
+from .linear_w4a4 import linear_w4a4, linear_w4a4_ref, linear_w4a4_upcast
 from .linear_w4a16 import CONFIGS as W4A16_CONFIGS
 from .linear_w4a16 import linear_w4a16, linear_w4a16_ref
 from .modulate import (
@@ -44,6 +45,8 @@ from .modulate import (
 )
 from .norm_rope import norm_rope, norm_rope_complex, norm_rope_ref
 from .quantize import quantize_rows, quantize_rows_ref, quantize_tensor, quantize_tensor_ref
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -238,10 +241,15 @@ CANDIDATES: Mapping[str, tuple[Candidate, ...]] = {
     "linear_fp8": (
         Candidate("triton", linear_fp8, _linear_fp8),
         Candidate("scaled_mm", linear_fp8_scaled_mm, _scaled_mm),
+        Candidate("upcast", linear_fp8_upcast, _half),
         Candidate("torch", linear_fp8_ref, _anywhere),
     ),
     "linear_w4a16": _triton(linear_w4a16, _w4a16, linear_w4a16_ref),
-    "linear_w4a4": _triton(linear_w4a4, _w4a4, linear_w4a4_ref),
+    "linear_w4a4": (
+        Candidate("triton", linear_w4a4, _w4a4),
+        Candidate("upcast", linear_w4a4_upcast, _w4a16),
+        Candidate("torch", linear_w4a4_ref, _anywhere),
+    ),
 }
 """Implementations of every op, the best one first."""
 
@@ -260,11 +268,19 @@ def select(
     named = named or {}
     if unknown := named.keys() - CANDIDATES.keys():
         raise ValueError(f"no op is called {sorted(unknown)}; there are {sorted(CANDIDATES)}")
-    return assembled({op: usable(op, situation, named.get(op))[0] for op in CANDIDATES})
+    chosen = {op: usable(op, situation, named.get(op))[0] for op in CANDIDATES}
+    return assembled(chosen, situation)
 
 
-def assembled(chosen: Mapping[str, Candidate]) -> KernelSet:
-    """A set of one implementation for every op."""
+def assembled(chosen: Mapping[str, Candidate], situation: Situation) -> KernelSet:
+    """A set of one implementation for every op; says where a GPU has none for layers of a kind."""
+    plain = [op for op, c in chosen.items() if op.startswith("linear_") and c.name == "torch"]
+    if plain and situation.device.type == "cuda" and situation.dtype.itemsize == 2:
+        _log.warning(
+            "%s: expected a kernel that can be used, found none; layers of this kind would run in "
+            "float32, many times slower",
+            ", ".join(plain),
+        )
     name = " ".join(f"{op}={candidate.name}" for op, candidate in chosen.items())
     return KernelSet(name=name, **{op: candidate.run for op, candidate in chosen.items()})
 

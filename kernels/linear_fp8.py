@@ -66,12 +66,26 @@ def _scaled_mm(x: Tensor, x_scale: Tensor, weight: Tensor, w_scale: Tensor, bias
     return result
 
 
+def linear_fp8_upcast(products: Sequence[Fp8Product]) -> list[Tensor]:
+    """:func:`linear_fp8_ref` for tensor cores that do not multiply FP8: as one kernel after copies
+    of inputs and weights in the result's 16-bit type, which holds E4M3 exactly."""
+    return linear_fp8([_upcast(*product) for product in products])
+
+
+def _upcast(
+    x: Tensor, x_scale: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor
+) -> Fp8Product:
+    return Fp8Product(x.to(bias.dtype), x_scale, weight.to(bias.dtype), w_scale, bias)
+
+
 CONFIGS = {
     89: Config(128, 128, 128, warps=8, stages=3),
     90: Config(256, 128, 128, warps=8, stages=3),  # 256 columns spill
     100: Config(128, 256, 128, warps=8, stages=3, specialize=True),
     120: Config(128, 128, 128, warps=8, stages=3),
 }
+UPCAST = Config(128, 128, 64, warps=8, stages=3)
+"""On every chip."""
 
 
 @triton.jit
@@ -176,7 +190,8 @@ def _linear_tma_kernel(
 
 
 def launch_linear_fp8(outs: Sequence[Tensor], products: Sequence[Fp8Product], chip: Chip) -> Launch:
-    """Write the results of ``linear_fp8_ref`` into ``outs``, each ``[B, S, N]``."""
+    """Write the results of ``linear_fp8_ref`` into ``outs``, each ``[B, S, N]``; FP8 numbers may
+    come in a 16-bit type."""
     batch, _, width = products[0].x.shape
     columns = len(products[0].weight)
     for out, (x, x_scale, weight, w_scale, bias) in zip(outs, products, strict=True):
@@ -194,19 +209,20 @@ def launch_linear_fp8(outs: Sequence[Tensor], products: Sequence[Fp8Product], ch
         assert x.shape[1] * max(x.stride(1), out.stride(1)) < 2**31, "offsets are 32-bit"
     assert len(products) in (1, 2), len(products)
     assert width % 16 == 0, f"rows of {width} bytes are not aligned"
-    c = CONFIGS[chip.sm]
+    fp8 = products[0].x.itemsize == 1
+    c, tma = CONFIGS[chip.sm] if fp8 else UPCAST, fp8 and chip.tma
     counts = [product.x.shape[1] for product in products]
     args: dict[str, Any] = {
         "tokens": counts[0], "tokens2": sum(counts[1:]), "columns": columns,
         "w_scale_row": 0 if len(products[0].w_scale) == 1 else 1,
         "K": width, "M": c.rows, "N": c.columns, "DEPTH": c.depth, "STAGES": c.stages,
     }  # fmt: skip
-    args |= _operands("", outs[0], products[0], c, chip)
-    second = _operands("2", outs[-1], products[-1], c, chip)
+    args |= _operands("", outs[0], products[0], c, tma)
+    second = _operands("2", outs[-1], products[-1], c, tma)
     args |= second if len(products) == 2 else dict.fromkeys(second)
     tiles = sum(triton.cdiv(count, c.rows) for count in counts)
     tiles *= triton.cdiv(columns, c.columns) * batch
-    if not chip.tma:
+    if not tma:
         return Launch(_linear_kernel, (tiles,), args, c.warps, c.stages)
     args |= {"batches": batch, "SPECIALIZE": c.specialize}
     grid = (min(tiles, chip.multiprocessors),)
@@ -214,7 +230,7 @@ def launch_linear_fp8(outs: Sequence[Tensor], products: Sequence[Fp8Product], ch
 
 
 def _operands(
-    number: str, out: Tensor, product: Fp8Product, c: Config, chip: Chip
+    number: str, out: Tensor, product: Fp8Product, c: Config, tma: bool
 ) -> dict[str, Any]:
     """Arguments of the product of that number."""
     x, x_scale, weight, w_scale, bias = product
@@ -225,7 +241,7 @@ def _operands(
         f"x_scale{number}_batch": 0 if len(x_scale) == 1 else x_scale.stride(0),
         f"x_scale{number}_row": 0 if x_scale.shape[1] == 1 else x_scale.stride(1),
     }
-    if chip.tma:
+    if tma:
         return args | {
             f"x{number}_desc": _descriptor(x, 1, c.rows, c.depth),
             f"w{number}_desc": _descriptor(weight, c.columns, c.depth),

@@ -1,4 +1,8 @@
-"""Linear layers with weights and activations in NVFP4, where tensor cores multiply its blocks."""
+"""Linear layers with weights and activations in NVFP4.
+
+Where tensor cores do not multiply its blocks, activations become the numbers that their NVFP4 codes
+stand for, in their own 16-bit type, which holds them exactly.
+"""
 
 from dataclasses import dataclass
 
@@ -11,7 +15,9 @@ from torch.nn import functional as F
 from .chips import Chip, chip_of
 from .gemm import Config, banded
 from .launch import Launch
+from .linear_w4a16 import linear_w4a16
 from .nvfp4 import BLOCK, E2M1_MAX, E4M3_MAX, NvFp4, pack, unpack
+from .quantize import e4m3_rounded, rounded
 
 _BLOCK = tl.constexpr(BLOCK)
 _E2M1_MAX = tl.constexpr(E2M1_MAX)
@@ -94,6 +100,39 @@ def launch_quantize_nvfp4(out: NvFp4, x: Tensor) -> Launch:
 
 
 @triton.jit(do_not_specialize=["rows"])
+def _round_kernel(
+    x_ptr, x_scale_ptr, out_ptr, rows, x_row, K: tl.constexpr, M: tl.constexpr, C: tl.constexpr
+):
+    """Grid: (blocks of columns, blocks of rows)."""
+    m = tl.program_id(1) * M + tl.arange(0, M)[:, None]
+    c = tl.program_id(0) * C + tl.arange(0, C)[None, :]
+    inside = (m < rows) & (c < K)
+    m = m.to(tl.int64)
+    x = tl.load(x_ptr + m * x_row + c, inside, 0.0).to(tl.float32)
+    x = tl.div_rn(x, tl.load(x_scale_ptr)).reshape(M, C // _BLOCK, _BLOCK)
+    scale = tl.div_rn(tl.max(tl.abs(x), axis=2), _E2M1_MAX)
+    scale = e4m3_rounded(tl.clamp(scale, _LEAST_SCALE, _E4M3_MAX))[:, :, None]
+    x = tl.clamp(rounded(tl.div_rn(x, scale), 1, 1.0), -_E2M1_MAX, _E2M1_MAX) * scale
+    tl.store(out_ptr + m * K + c, x.reshape(M, C).to(out_ptr.dtype.element_ty), inside)
+
+
+def launch_round_nvfp4(out: Tensor, x: Tensor, x_scale: Tensor) -> Launch:
+    """Write the numbers of NVFP4 nearest to ``x [M, K]``, in units of ``x_scale``, into ``out``;
+    rows may be strided."""
+    rows, width = x.shape
+    assert out.shape == x.shape, (out.shape, x.shape)
+    assert out.is_contiguous(), out.stride()
+    assert width % BLOCK == 0, width
+    c = QUANTIZE
+    args = {
+        "x_ptr": x, "x_scale_ptr": x_scale, "out_ptr": out, "rows": rows, "x_row": x.stride(0),
+        "K": width, "M": c.rows, "C": c.columns,
+    }  # fmt: skip
+    grid = (triton.cdiv(width, c.columns), triton.cdiv(rows, c.rows))
+    return Launch(_round_kernel, grid, args, c.warps)
+
+
+@triton.jit(do_not_specialize=["rows"])
 def _linear_w4a4_kernel(
     x_ptr, x_block_ptr, x_scale_ptr, w_ptr, w_block_ptr, w_scale_ptr, bias_ptr, out_ptr,
     rows, columns, out_row,
@@ -166,3 +205,22 @@ def linear_w4a4(x: Tensor, x_scale: Tensor, weight: NvFp4, bias: Tensor) -> Tens
     w = weight
     out: Tensor = _linear_w4a4(x, x_scale, w.packed, w.block_scale, w.scale, bias)
     return out
+
+
+@torch.library.custom_op("fluxkontext::round_nvfp4", mutates_args=())
+def _round_nvfp4(x: Tensor, x_scale: Tensor) -> Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    launch_round_nvfp4(out.flatten(0, -2), x.flatten(0, -2), x_scale)()
+    return out
+
+
+@_round_nvfp4.register_fake
+def _(x: Tensor, x_scale: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def linear_w4a4_upcast(x: Tensor, x_scale: Tensor, weight: NvFp4, bias: Tensor) -> Tensor:
+    """:func:`linear_w4a4_ref` as two kernels where tensor cores do not multiply NVFP4; 16-bit
+    ``x [..., K]``."""
+    scaled = NvFp4(weight.packed, weight.block_scale, weight.scale * x_scale)
+    return linear_w4a16(_round_nvfp4(x, x_scale), scaled, bias)

@@ -71,7 +71,7 @@ def proven(
             if op in named:
                 raise ValueError(message)
             _log.warning("%s; using the next implementation", message)
-    return assembled(chosen)
+    return assembled(chosen, situation)
 
 
 def trials(

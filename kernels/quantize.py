@@ -71,15 +71,24 @@ def quantized(x):
 
 
 @triton.jit
-def e4m3_rounded(x):
-    """The nearest numbers of E4M3 to float32 ``x``, at most 448, as float32; ties go to even.
+def rounded(x, BITS: tl.constexpr, LEAST: tl.constexpr):
+    """float32 ``x`` to ``BITS`` bits behind its leading one, that of ``LEAST`` below; ties go to
+    even.
 
-    A cast rounds twice on sm_89, to float16 before. Steps are an eighth of the power of two below,
-    or 2⁻⁹: a number whose own steps are these takes up the rest of ``x``, and is taken off again.
+    A number whose last bit is that one takes up the rest of ``x``, and is taken off again.
     """
     power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    large = tl.maximum(power, 2.0**-6) * (1.5 * 2.0**20)
+    large = tl.maximum(power, LEAST) * (1.5 * 2.0 ** (23 - BITS))
     return (x + large) - large
+
+
+@triton.jit
+def e4m3_rounded(x):
+    """The nearest numbers of E4M3 to float32 ``x``, at most 448, as float32.
+
+    For where a cast will not do: on sm_89 it rounds to float16 before, below it does not exist.
+    """
+    return rounded(x, 3, 2.0**-6)
 
 
 @triton.jit

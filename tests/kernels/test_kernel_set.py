@@ -46,9 +46,37 @@ def test_a_gpu_gets_kernels() -> None:
     chosen = ops(select(GPU, BF16))
     assert chosen.pop("attention") == "cudnn"
     assert chosen.pop("attend") == "apart"
-    assert chosen.pop("linear_w4a4") == "torch"  # Hopper multiplies no FP4
+    assert chosen.pop("linear_w4a4") == "upcast"  # Hopper multiplies no FP4
     assert set(chosen.values()) == {"triton"}
     assert ops(select(GPU, BF16, named={"attention": "triton"}))["attention"] == "triton"
+
+
+@pytest.mark.usefixtures("_h100")
+@pytest.mark.parametrize("dtype", [torch.float16, BF16])
+@pytest.mark.parametrize("sm", [80, 86])
+def test_layers_in_types_that_a_gpu_does_not_multiply_run_in_16_bits(
+    sm: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(candidates, "chip_of", lambda device: CHIPS[sm])
+    chosen = ops(select(GPU, dtype))
+    assert chosen["linear_fp8"] == chosen["linear_w4a4"] == "upcast"
+    assert not caplog.records
+
+
+def test_layers_that_would_run_in_float32_are_named_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(candidates, "unsupported", lambda device: "too old")
+    select(GPU, torch.float16)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("linear_fp8, linear_w4a16, linear_w4a4: expected a ker")
+    caplog.clear()
+    select(GPU, torch.float32)  # where that is what was asked for
+    select(CPU, BF16)
+    assert not caplog.records
 
 
 @pytest.mark.usefixtures("_h100")

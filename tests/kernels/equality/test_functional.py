@@ -58,6 +58,7 @@ def ops(device: torch.device) -> dict[str, tuple[Op, tuple[Any, ...]]]:
             linear_w4a16._linear_w4a16,
             (x, w4.packed, w4.block_scale, w4.scale, bias),
         ),
+        "round_nvfp4": (linear_w4a4._round_nvfp4, (x, torch.tensor(0.01, device=device))),
         "group_norm_silu": (
             group_norm._group_norm_silu,
             (image, 4, affine, affine, 1e-6, True),

@@ -12,6 +12,7 @@ from fluxkontext.kernels.linear_fp8 import (
     launch_linear_fp8,
     linear_fp8,
     linear_fp8_ref,
+    linear_fp8_upcast,
 )
 from fluxkontext.kernels.quantize import FP8, quantize_rows_ref
 
@@ -51,12 +52,8 @@ def test_scales_of_rows(
     """From the columns of one buffer into those of another, of which nothing else is written."""
     if not chip.fp8:
         pytest.skip("no FP8 tensor cores")
-    products, buffers = [], []
-    for count in tokens:
-        x, x_scale = quantize_rows_ref(torch.randn(batch, count, inner + 32, device=device))
-        weight, w_scale, bias = layer(inner, columns, dtype, device)
-        products.append(Fp8Product(x[..., 16:-16], x_scale, weight, w_scale, bias))
-        buffers.append(torch.zeros(batch, count, columns + 16).to(bias))
+    products = drawn(batch, tokens, inner, columns, dtype, device)
+    buffers = [torch.zeros(*it.x.shape[:2], columns + 16).to(it.bias) for it in products]
     outs = [buffer[..., 8:-8] for buffer in buffers]
     launch_linear_fp8(outs, products, chip)()
     hold(outs, products)
@@ -72,6 +69,38 @@ def test_scales_of_tensors(device: torch.device) -> None:
     x_scale, w_scale = torch.tensor([[[0.7]]], device=device), torch.tensor([0.2], device=device)
     products = [Fp8Product(x, x_scale, weight, w_scale, bias)]
     hold(linear_fp8(products), products)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("batch", "tokens", "inner", "columns"), SHAPES)
+def test_upcast(
+    batch: int,
+    tokens: list[int],
+    inner: int,
+    columns: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Sums beyond float16's largest number among them: scales come after."""
+    products = drawn(batch, tokens, inner, columns, dtype, device)
+    hold(linear_fp8_upcast(products), products)
+
+
+def drawn(
+    batch: int,
+    tokens: list[int],
+    inner: int,
+    columns: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[Fp8Product]:
+    """A product of each stream, whose inputs are columns of a wider buffer."""
+    products = []
+    for count in tokens:
+        x, x_scale = quantize_rows_ref(torch.randn(batch, count, inner + 32, device=device))
+        weight, w_scale, bias = layer(inner, columns, dtype, device)
+        products.append(Fp8Product(x[..., 16:-16], x_scale, weight, w_scale, bias))
+    return products
 
 
 def hold(outs: Sequence[Tensor], products: Sequence[Fp8Product]) -> None:

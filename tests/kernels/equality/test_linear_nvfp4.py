@@ -1,5 +1,7 @@
 """Linear layers with NVFP4 weights equal their references."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,8 +11,10 @@ from fluxkontext.kernels.chips import Chip, chip_of
 from fluxkontext.kernels.linear_w4a4 import (
     launch_linear_w4a4,
     launch_quantize_nvfp4,
+    launch_round_nvfp4,
     linear_w4a4,
     linear_w4a4_ref,
+    linear_w4a4_upcast,
 )
 from fluxkontext.kernels.linear_w4a16 import launch_linear_w4a16, linear_w4a16, linear_w4a16_ref
 from fluxkontext.kernels.nvfp4 import NvFp4, pack, unpack
@@ -70,6 +74,30 @@ def test_quantised_rows(shape: tuple[int, int], dtype: torch.dtype, device: torc
     out.scale.fill_(0.01)
     launch_quantize_nvfp4(out, x)()
     compare(unpack(out), unpack(expected), x.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 16), (37, 272)])
+def test_rounded_rows(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+    """Number by number what the codes stand for; the largest are beyond the range."""
+    x = 30 * torch.randn(shape[0], shape[1] + 16).to(device, dtype)[:, :-16]
+    scale, one = torch.tensor(0.01, device=device), torch.ones((), device=device)
+    out = torch.empty(shape).to(x)
+    launch_round_nvfp4(out, x, scale)()
+    assert torch.equal(out.float(), unpack(replace(pack(x, scale), scale=one)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "inner", "columns"), SHAPES)
+def test_w4a4_upcast(
+    rows: int, inner: int, columns: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    x = torch.randn(rows, inner + 16).to(device, dtype)[:, 8:-8]
+    weight, bias = layer(inner, columns, x)
+    scale = torch.tensor(0.01, device=device)
+    exact = F.linear(unpack(pack(x, scale)).double(), unpack(weight).double(), bias.double())
+    found = linear_w4a4_upcast(x, scale, weight, bias)
+    compare(found, linear_w4a4_ref(x, scale, weight, bias), exact)
 
 
 def test_functions(device: torch.device) -> None:
