@@ -22,17 +22,22 @@ from fluxkontext.runtime.errors import BackendUnavailableError, InvalidInputErro
 def test_every_problem_can_be_set_up(chip: Chip, monkeypatch: pytest.MonkeyPatch) -> None:
     """On fake tensors: shapes and strides fit, and references run, cuDNN's excepted."""
     monkeypatch.setattr(Launch, "__call__", lambda self: None)
-    names = set()
+    runs: dict[str, set[str]] = {}
     with FakeTensorMode():
         for problem in kernel_timed.problems(chip):
-            assert problem.kernel not in names
-            names.add(problem.kernel)
+            assert problem.kernel not in runs
+            runs[problem.kernel] = set(problem.runs)
             assert problem.bytes > 0
             for name, run in problem.runs.items():
                 if name not in ("cudnn", "flash"):
                     run()
-    assert any("fp8" in name for name in names) is chip.fp8
-    assert any("w4a4" in name for name in names) is chip.fp4
+    assert ("attention fp8 d128" in runs) is chip.fp8
+    for op, kernel, has in (
+        ("linear_fp8 qkv", "triton, rows", chip.fp8),
+        ("linear_w4a4 qkv", "triton", chip.fp4),
+    ):
+        assert "triton, upcast" in runs[op]
+        assert (kernel in runs[op]) is has
 
 
 def timed(folder: Path, *options: str) -> dict[str, Any]:
