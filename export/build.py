@@ -29,7 +29,7 @@ from ..runtime.tokenizer import load_tokenizer
 from .engines.compile import LEVEL, PLUGINS, Engine
 from .engines.install import compile_all, discard, install
 from .pack import pack
-from .prepare import Source, bundle_once, precision_of, wanted_precision
+from .prepare import Source, bundle_once, wanted_precision
 
 Say = Callable[[str], None]
 GOLDEN = ("auto", "always", "never")
@@ -84,7 +84,7 @@ def build(source: Source | None, order: Order, say: Say) -> dict[str, Any]:
     if source is not None:
         precision = wanted_precision(source.find(), order.precision)
     else:
-        precision = precision_of(open_bundle(order.out, engines=False))
+        precision = open_bundle(order.out, engines=False).named_precision("gpu")
         if order.precision not in ("auto", precision):
             raise InvalidInputError(
                 f"--precision: expected {precision}, that of {order.out}, found {order.precision}; "

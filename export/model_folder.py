@@ -25,7 +25,9 @@ def link_network(network: Component[Any], folder: Path) -> None:
         except OSError:  # another file system
             shutil.copyfile(real, folder / file.name)
     if len(files) > 1:  # shards, found by an index
-        index = min(files[0].parent.glob("*.safetensors.index.json"))
+        names = {file.name for file in files}
+        indices = files[0].parent.glob("*.safetensors.index.json")
+        index = next(i for i in indices if set(read_json(i)["weight_map"].values()) == names)
         shutil.copyfile(index, folder / index.name)
     write_config(network, folder)
 

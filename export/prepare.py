@@ -46,13 +46,6 @@ def stages_folder(out: Path) -> Path:
     return out.with_name(f".{out.name}.stages")
 
 
-def precision_of(bundle: Bundle) -> str:
-    """What a user calls a bundle's engines: how its weights are stored, or what graphs compute in.
-    Raises CheckpointError for one without graphs for GPUs."""
-    graphs = bundle.precision("gpu")
-    return RECIPES[bundle.recipe].precision if bundle.recipe else graphs
-
-
 def wanted_precision(checkpoint: Checkpoint, precision: str) -> str:
     """That of the engines; ``auto`` is what is stored, else bf16."""
     recipe = checkpoint.transformer.weights.recipe
@@ -81,11 +74,11 @@ def bundle_once(
             if quantise
             else _holds(bundle, checkpoint)
         )
-        if precision_of(bundle) != precision or not same:
+        if bundle.named_precision("gpu") != precision or not same:
             raise InvalidInputError(
                 f"{out}: expected a bundle of {checkpoint.name} in {precision}"
                 f"{', calibrated as asked' if quantise else ''}, found one of "
-                f"{bundle.manifest['model']} in {precision_of(bundle)}; name another folder, or "
+                f"{bundle.manifest['model']} in {bundle.named_precision('gpu')}; name another folder, or "
                 "remove this one"
             )
         shutil.rmtree(stages_folder(out), ignore_errors=True)
