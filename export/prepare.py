@@ -74,12 +74,11 @@ def bundle_once(
             if quantise
             else _holds(bundle, checkpoint)
         )
-        if bundle.named_precision("gpu") != precision or not same:
+        if (there := bundle.named_precision("gpu")) != precision or not same:
             raise InvalidInputError(
                 f"{out}: expected a bundle of {checkpoint.name} in {precision}"
                 f"{', calibrated as asked' if quantise else ''}, found one of "
-                f"{bundle.manifest['model']} in {bundle.named_precision('gpu')}; name another folder, or "
-                "remove this one"
+                f"{bundle.manifest['model']} in {there}; name another folder, or remove this one"
             )
         shutil.rmtree(stages_folder(out), ignore_errors=True)
         say(f"export: {out} is there")
