@@ -354,6 +354,7 @@ def test_a_bundle_of_the_same_checkpoint_is_taken(built: Path, small_model: Path
     assert said == [f"export: {built} is there"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_to_fp8_engines_in_one_command(
     small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -48,6 +48,7 @@ def killed_when(process: "subprocess.Popen[bytes]", begun: Callable[[], bool], l
     assert process.wait(60) == -signal.SIGKILL, log.read_text()
 
 
+@pytest.mark.slow
 def test_a_killed_export_leaves_no_bundle(
     small_model: Path, tmp_path: Path, namespace_env: dict[str, str]
 ) -> None:
@@ -63,6 +64,7 @@ def test_a_killed_export_leaves_no_bundle(
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_a_build_killed_at_every_stage_goes_on(
     small_model: Path, tmp_path: Path, namespace_env: dict[str, str]
 ) -> None:
