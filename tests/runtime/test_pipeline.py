@@ -87,7 +87,8 @@ def test_memos_are_bounded_and_may_be_off(small_model: Path, usual: Any) -> None
 def test_a_failing_encoder_leaves_no_trace(
     pipe: KontextPipeline, encode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fresh = EDIT | {"prompt": f"never seen by {encode}", "image": photo(hash(encode) % 1000)}
+    unseen = {"encode_text": 1000, "encode_image": 1001}[encode]
+    fresh = EDIT | {"prompt": f"never seen by {encode}", "image": photo(unseen)}
 
     def fail(_: object) -> None:
         raise RuntimeError("the encoder broke")
