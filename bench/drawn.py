@@ -114,7 +114,7 @@ class Drawn:
 
 def drawn_tensor(part: str, name: str, shape: tuple[int, ...], where: torch.device) -> StoredTensor:
     """A tensor that is drawn when it is loaded, on ``where``: a GPU draws what stays in RAM too,
-    within seconds, and the same values. These depend on its name and on ``where``."""
+    so that the values are the same. They depend on the tensor's name and on ``where``."""
 
     def made(device: torch.device) -> Tensor:
         return _draw(name, shape, _seed(part, name), where).to(device)

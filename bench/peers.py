@@ -56,8 +56,8 @@ def _compile(pipe: Any) -> None:
 
 
 def _compile_float8(pipe: Any) -> None:
-    """Quantised, with the attention that ours takes on sm_90 and newer, then compiled: what is
-    dynamically quantised is slower than bf16 until its scales are fused."""
+    """Quantised, with the attention that ours takes on sm_90 and newer, then compiled, which fuses
+    the scales of inputs as ours are."""
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, quantize_
 
     quantize_(pipe.transformer, Float8DynamicActivationFloat8WeightConfig())

@@ -278,7 +278,7 @@ def assembled(chosen: Mapping[str, Candidate], situation: Situation) -> KernelSe
     if plain and situation.device.type == "cuda" and situation.dtype.itemsize == 2:
         _log.warning(
             "%s: expected a kernel that can be used, found none; layers of this kind would run in "
-            "float32, many times slower",
+            "float32",
             ", ".join(plain),
         )
     name = " ".join(f"{op}={candidate.name}" for op, candidate in chosen.items())

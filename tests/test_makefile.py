@@ -47,7 +47,7 @@ def test_gpu_is_all_parts(tmp_path: Path) -> None:
 
 
 def test_full_size_is_compared_with_bf16(tmp_path: Path) -> None:
-    """In fp32 others would take ten times as long, and more memory than there is."""
+    """As the goals say, and not with fp32, which is what diffusers loads unasked."""
     found = list(benchmarks("gpu-compare", tmp_path))
     peers = [PEERS[name] for args in found for name in args.peers]
     assert {peer.precision for peer in peers} == {"bf16"}
