@@ -32,7 +32,7 @@ from .contestants import (
     peer,
     same_work,
 )
-from .document import Json, distribution, document, result, warning
+from .document import FAILED, Json, distribution, document, reason_of, result, warning
 from .drawn import MODELS
 from .environment import environment, git_state, git_warnings, reader_of
 from .measure import OtherLoad, interleaved, sample_warnings, throughput
@@ -46,6 +46,8 @@ from .scenarios import SUITE, Work, works
 from .tables import latency_table
 from .threads import on_cpu, threads
 
+Absence = tuple[str, str]
+"""Why one is not compared: the kind of the warning, and the reason."""
 LEVELS = 1
 """Between pictures in fp32: another order of summation rounds a value differently, no more."""
 
@@ -87,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         present, absent = _others(args, model, graphs, base, pipe, stack)
         everyone = [base, *present]
         ceilings = ceilings_of(base.device)
-        counts, agreements = _counted(work, everyone)
+        counts, agreements, failed = _counted(work, everyone)
+        absent, everyone = {**absent, **failed}, [one for one in everyone if one.name in counts]
         taken, readings = _warm(work, everyone, args)
         starts = _cold(work, everyone, args) if args.cold else {}
         parameters = work.parameters(pipe)
@@ -114,15 +117,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
             )
             doubts += sample_warnings(samples, name)
-        for name, reason in absent.items():
+        for name, (kind, reason) in absent.items():
             missing = {**parameters, "implementation": name, "backend": "torch"}
             rows.append(result(f"{work.name}, {name}", work.scenario, missing, reason=reason))
-            doubts.append(warning("not_installed", f"{name}: {reason}"))
+            doubts.append(warning(kind, f"{name}: {reason}"))
     comparisons = [
         _comparison(work, (base, one), "warm", (taken[base.name], taken[one.name]), agreed)
-        for one, agreed in zip(present, agreements, strict=True)
+        for one, agreed in zip(everyone[1:], agreements.values(), strict=True)
     ]
-    for one in present:
+    for one in everyone[1:]:
         if one.name in starts:
             pair = (_first_pictures(starts, base), _first_pictures(starts, one))
             comparisons.append(_comparison(work, (base, one), "cold", pair, None))
@@ -140,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ceilings=ceilings,
     )
     deliver(found, args, latency_table(found))
-    return 0
+    return 1 if FAILED in (kind for kind, _ in absent.values()) else 0
 
 
 def _possible(asked: Sequence[str], device: str) -> None:
@@ -174,7 +177,7 @@ def _others(
     base: Contestant,
     pipe: KontextPipeline,
     stack: ExitStack,
-) -> tuple[list[Contestant], dict[str, str]]:
+) -> tuple[list[Contestant], dict[str, Absence]]:
     """Those that are asked for and can run, and why the rest cannot."""
     another = [] if base.backend == "native" else [NATIVE]
     asked = [MEMO, *another, *PEERS] if args.peers is None else args.peers
@@ -184,35 +187,48 @@ def _others(
         ONNX: (graphs or model.path, "onnx", "auto"),
     }
     present: list[Contestant] = []
-    absent: dict[str, str] = {}
+    absent: dict[str, Absence] = {}
     for name in asked:
         if name in where:
             again = ours(name, *where[name], base.device)
             present.append(stack.enter_context(again)[0])
         elif reason := PEERS[name].missing(base.device):
-            absent[name] = reason
+            absent[name] = "not_installed", reason
         else:
             length = pipe.tokenizer_2.model_max_length
-            present.append(peer(PEERS[name], model, base.device, length))
+            try:
+                present.append(peer(PEERS[name], model, base.device, length))
+            except Exception as error:  # of its own: it is a row, not the end
+                absent[name] = FAILED, reason_of(error)
     return present, absent
 
 
-def _counted(work: Work, contestants: Sequence[Contestant]) -> tuple[dict[str, Json], list[Json]]:
-    """The work of each, and how its picture agrees with the first one's. Raises KontextError for
-    one that does something else."""
+def _counted(
+    work: Work, contestants: Sequence[Contestant]
+) -> tuple[dict[str, Json], dict[str, Json], dict[str, Absence]]:
+    """By name: the work of each, how the picture of each but the first agrees with the first one's,
+    and why others failed. Raises KontextError for one that does something else."""
     base, *others = contestants
     picture, done = base.counted(work)
-    counts, agreements = {base.name: done}, []
+    counts: dict[str, Json] = {base.name: done}
+    agreements: dict[str, Json] = {}
+    failed: dict[str, Absence] = {}
     for one in others:
-        theirs, counts[one.name] = one.counted(work)
-        agreements.append(agreement(picture, theirs))
-        levels = agreements[-1]["max_levels"]
+        try:
+            theirs, counts[one.name] = one.counted(work)
+        except KontextError:
+            raise
+        except Exception as error:  # a peer that this machine cannot compile is a row, not the end
+            failed[one.name] = FAILED, reason_of(error)
+            continue
+        agreements[one.name] = agreement(picture, theirs)
+        levels = agreements[one.name]["max_levels"]
         problem = same_work(done, counts[one.name], (base.name, one.name)) if one.exact else None
         if one.exact and one.precision == base.precision == "fp32" and levels > LEVELS:
             problem = f"pictures that differ by {levels} levels"
         if problem:
             raise KontextError(f"{one.name}: expected the same work as ours, found {problem}")
-    return counts, agreements
+    return counts, agreements, failed
 
 
 def _warm(

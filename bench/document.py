@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 
 from ..runtime.about import VERSION
-from ..runtime.errors import InvalidInputError
+from ..runtime.errors import InvalidInputError, KontextError
 from ..runtime.files import whole_file
 from ..runtime.loader import require
 
 SCHEMA_VERSION = 1
 SCHEMA = Path(__file__).with_name("document.schema.json")
+FAILED = "failed"
+"""Kind of the warning about what ended with an error of its own."""
 STAGES = (
     "image_in",
     "queue",
@@ -93,6 +95,12 @@ def result(name: str, scenario: str, parameters: Mapping[str, Any], **measured: 
     if unknown := set(measured) - set(row):
         raise TypeError(f"expected fields of a result, found {', '.join(sorted(unknown))}")
     return {**row, **measured}
+
+
+def reason_of(error: Exception) -> str:
+    """An error as the ``reason`` of a row: one line, with its kind unless it is one of ours."""
+    kind = "" if isinstance(error, KontextError) else f"{type(error).__name__}: "
+    return " ".join(f"{kind}{error}".split())[:500]
 
 
 def warning(kind: str, text: str, about: str | None = None) -> Json:

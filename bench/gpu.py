@@ -21,13 +21,12 @@ from ..runtime.commands.parsing import Parser
 from ..runtime.errors import (
     BackendUnavailableError,
     InvalidInputError,
-    KontextError,
     OutOfMemoryError,
 )
 from ..runtime.geometry import Grid
 from ..runtime.plan import gib
 from .ceilings import measured as ceilings_of
-from .document import Json, distribution, document, result, warning, write
+from .document import FAILED, Json, distribution, document, reason_of, result, warning, write
 from .drawn import MODELS, Drawn
 from .edit import label, measure
 from .environment import environment, git_state, git_warnings, reader_of
@@ -50,8 +49,6 @@ _WORKS = (
     ("edit", 8, 4),
 )
 """Scenario, steps and batch. The first is the headline."""
-_FAILED = "failed"
-"""Kind of the warning about what ended with an error of its own."""
 _LADDER = {"cuda": ["bf16", "fp8", "fp8:attend=fp8", "nvfp4"], "cpu": ["fp32", "bf16"]}
 
 
@@ -65,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.out:  # whatever happens next, this much is there
                 write(found, args.out)
     deliver(found, args, latency_table(found))
-    return 1 if any(doubt["kind"] == _FAILED for doubt in found["warnings"]) else 0
+    return 1 if any(doubt["kind"] == FAILED for doubt in found["warnings"]) else 0
 
 
 def _rated(args: argparse.Namespace, device: str, command: Sequence[str]) -> Iterator[Json]:
@@ -199,7 +196,7 @@ def _climbed(
         expected = isinstance(error, BackendUnavailableError | OutOfMemoryError)
         for work in todo[done:]:
             row = _skipped(model, work, rung, device, args, error)
-            yield row, [] if expected else [warning(_FAILED, row["reason"], row["name"])]
+            yield row, [] if expected else [warning(FAILED, row["reason"], row["name"])]
 
 
 def _skipped(
@@ -220,9 +217,7 @@ def _skipped(
         "implementation": "fluxkontext",
     }
     name = f"{work.name}, {rung.label(args.vram_budget)}"
-    kind = "" if isinstance(error, KontextError) else f"{type(error).__name__}: "
-    reason = " ".join(f"{kind}{error}".split())[:500]
-    return result(name, work.scenario, parameters, reason=reason)
+    return result(name, work.scenario, parameters, reason=reason_of(error))
 
 
 @contextmanager

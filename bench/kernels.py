@@ -17,7 +17,7 @@ from ..runtime.commands.parsing import Parser, count
 from ..runtime.errors import BackendUnavailableError, InvalidInputError
 from . import kernel_cpu, kernel_timed
 from .ceilings import measured as ceilings_of
-from .document import Json, distribution, document, result
+from .document import Json, distribution, document, reason_of, result
 from .environment import environment, git_state, git_warnings, reader_of
 from .gpu_timing import milliseconds
 from .kernel_static import as_json, as_table, static_rows
@@ -149,7 +149,7 @@ def _on_gpu(
         try:
             taken[name] = [ms / 1e3 for ms in milliseconds(work, samples, _WARMUP)]
         except Exception as error:  # a peer that this machine lacks is a row, not the end
-            reasons[name] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            reasons[name] = reason_of(error)
     return taken, reasons
 
 

@@ -27,6 +27,14 @@ from fluxkontext.runtime.errors import BackendUnavailableError, InvalidInputErro
 WORK = Work("edit", (64, 64), ((64, 64),), 2)
 
 
+def _fail(name: str) -> None:
+    raise RuntimeError(f"no kernel for {name}")
+
+
+def _broken(pipe: Any) -> None:
+    pipe.transformer.register_forward_pre_hook(lambda *_: _fail("broken"))
+
+
 @pytest.fixture(scope="module")
 def document(
     small_model: Path,
@@ -38,18 +46,24 @@ def document(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", namespace_env["PYTHONPATH"])
         patch.chdir(folder)
-        patch.setitem(PEERS, "absent", Peer("absent", needs=("no_such_package",)))
-        patch.setattr(compare, "NAMES", (*compare.NAMES, "absent"))
+        for one in (
+            Peer("absent", needs=("no_such_package",)),
+            Peer("unloadable", adapt=lambda _: _fail("unloadable")),
+            Peer("broken", adapt=_broken),
+        ):
+            patch.setitem(PEERS, one.name, one)
+        patch.setattr(compare, "NAMES", (*compare.NAMES, "absent", "unloadable", "broken"))
         options = ["--model", str(small_model), "--steps", "2", "--rounds", "4", "--warmup", "1"]
-        options += ["--peers", f"{MEMO},{NATIVE},diffusers,diffusers-bf16,absent", "--cold", "1"]
-        options += ["--bundle", str(small_bundle)]
-        assert compare.main([*options, "--out", str(folder / "compare.json")]) == 0
+        peers = [MEMO, NATIVE, "unloadable", "broken", "diffusers", "diffusers-bf16", "absent"]
+        options += ["--peers", ",".join(peers), "--cold", "1", "--bundle", str(small_bundle)]
+        assert compare.main([*options, "--out", str(folder / "compare.json")]) == 1
     return read(folder / "compare.json")
 
 
 def test_all_do_the_same_work(document: dict[str, Any]) -> None:
     rows = {row["parameters"]["implementation"]: row for row in document["results"]}
-    assert list(rows) == [OURS, MEMO, NATIVE, "diffusers", "diffusers-bf16", "absent"]
+    measured = [OURS, MEMO, NATIVE, "diffusers", "diffusers-bf16"]
+    assert [name for name in rows if rows[name]["latency"]] == measured
     works = {name: row["work"] for name, row in rows.items() if row["work"]}
     assert {work["forwards"] for work in works.values()} == {2}
     assert len({work["tokens"] for work in works.values()}) == 1
@@ -87,7 +101,7 @@ def test_new_processes_are_compared_too(document: dict[str, Any]) -> None:
 
 
 def test_who_is_not_there_is_a_row_that_says_so(document: dict[str, Any]) -> None:
-    row = document["results"][-1]
+    (row,) = (r for r in document["results"] if r["parameters"]["implementation"] == "absent")
     assert row["status"] == "skipped"
     assert row["reason"] == "not installed: no_such_package"
     assert "not_installed" in {w["kind"] for w in document["warnings"]}
@@ -114,10 +128,25 @@ def test_other_work_is_refused(other: Contestant, words: str) -> None:
 
 
 def test_the_same_work_is_not() -> None:
-    counts, agreements = compare._counted(WORK, [contestant("ours"), contestant("x", level=101)])
+    pair = [contestant("ours"), contestant("x", level=101)]
+    counts, agreements, failed = compare._counted(WORK, pair)
     assert list(counts) == ["ours", "x"]
-    assert agreements[0]["max_levels"] == 1
+    assert agreements["x"]["max_levels"] == 1
+    assert not failed
     assert same_work(counts["ours"], counts["x"], ("ours", "x")) is None
+
+
+def test_a_peer_that_fails_is_a_row(document: dict[str, Any]) -> None:
+    """And the others are measured: one fails as it loads, one at its first picture."""
+    reasons = {
+        row["parameters"]["implementation"]: row["reason"]
+        for row in document["results"]
+        if row["status"] == "skipped"
+    }
+    assert reasons["unloadable"] == "RuntimeError: no kernel for unloadable"
+    assert reasons["broken"] == "RuntimeError: no kernel for broken"
+    failed = {w["text"] for w in document["warnings"] if w["kind"] == "failed"}
+    assert failed == {f"{name}: {reasons[name]}" for name in ("unloadable", "broken")}
 
 
 def test_agreement_is_psnr() -> None:
