@@ -2,8 +2,12 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+Run = Callable[..., tuple[int, str, str]]
+"""Arguments -> exit code, stdout, stderr."""
 
 
 def assert_error(outcome: tuple[int, str, str], code: int, *parts: str) -> None:

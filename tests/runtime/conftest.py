@@ -11,8 +11,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fluxkontext.runtime import KontextPipeline
+from fluxkontext.runtime.cli import main
 
 from . import peers
+from .commands import Run
 from .edits import EDIT, waiting
 
 
@@ -31,7 +33,7 @@ def single_files(hub: Path) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def pipe(hub: Path) -> KontextPipeline:
+def hub_pipe(hub: Path) -> KontextPipeline:
     """Ours on ``hub``, fp32; nothing is remembered between calls."""
     return KontextPipeline.from_pretrained(hub, precision="fp32", device="cpu", memo_entries=0)
 
@@ -67,24 +69,24 @@ def native_peer(native_hub: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def small_pipe(small_model: Path) -> Iterator[KontextPipeline]:
+def pipe(small_model: Path) -> Iterator[KontextPipeline]:
     """Ours on ``small_model``, for one file, with its memos."""
     with KontextPipeline.from_pretrained(small_model) as loaded:
         yield loaded
 
 
 @pytest.fixture(scope="module")
-def usual(small_pipe: KontextPipeline) -> Any:
-    """What ``EDIT`` gives on ``small_pipe``."""
-    return small_pipe(**EDIT).images
+def usual(pipe: KontextPipeline) -> Any:
+    """What ``EDIT`` gives on ``pipe``."""
+    return pipe(**EDIT).images
 
 
 @pytest.fixture
-def still_works(small_pipe: KontextPipeline, usual: Any) -> Iterator[None]:
-    """After the test ``small_pipe`` gives what it gave before, and nobody waits in it."""
+def still_works(pipe: KontextPipeline, usual: Any) -> Iterator[None]:
+    """After the test ``pipe`` gives what it gave before, and nobody waits in it."""
     yield
-    np.testing.assert_array_equal(small_pipe(**EDIT).images, usual)
-    assert waiting(small_pipe) == 0
+    np.testing.assert_array_equal(pipe(**EDIT).images, usual)
+    assert waiting(pipe) == 0
 
 
 @pytest.fixture(scope="session")
@@ -140,3 +142,18 @@ def load_peer(folder: Path, **options: Any) -> Any:
     pipeline = FluxKontextPipeline.from_pretrained(folder, **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command in this process."""
+
+    def run_main(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as end:  # --help and --version
+            code = int(end.code or 0)
+        return code, *capsys.readouterr()
+
+    return run_main

@@ -131,11 +131,6 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.fixture(scope="module")
-def pipe(small_pipe: KontextPipeline) -> KontextPipeline:
-    return small_pipe
-
-
-@pytest.fixture(scope="module")
 def before(pipe: KontextPipeline) -> Any:
     return pipe(**VALID, output_type="latent").images
 

@@ -85,9 +85,9 @@ ORIGINS = {
 
 @pytest.mark.parametrize("layout", ORIGINS)
 @pytest.mark.parametrize("count", [2, 3])
-def test_equals_the_loop(pipe: KontextPipeline, peer: Any, layout: str, count: int) -> None:
+def test_equals_the_loop(hub_pipe: KontextPipeline, peer: Any, layout: str, count: int) -> None:
     ours = run_ours(
-        pipe,
+        hub_pipe,
         image=PICTURES[:count],
         prompt="make the circle blue",
         context_layout=layout,
@@ -101,10 +101,10 @@ def test_equals_the_loop(pipe: KontextPipeline, peer: Any, layout: str, count: i
     assert max(found) < 1e-5
 
 
-def test_the_layouts_differ(pipe: KontextPipeline) -> None:
+def test_the_layouts_differ(hub_pipe: KontextPipeline) -> None:
     """Otherwise the comparison above says nothing about positions."""
     call = {"image": PICTURES, "prompt": "red", "seed": 4, **size(112, 80)}
-    index, offset = (run_ours(pipe, **call, context_layout=layout) for layout in ORIGINS)
+    index, offset = (run_ours(hub_pipe, **call, context_layout=layout) for layout in ORIGINS)
     assert error(offset.latents, index.latents) > 1e-3
 
 
@@ -117,11 +117,11 @@ def test_the_loop_is_the_pipeline(peer: Any) -> None:
     assert error(velocity, theirs.velocity) < 1e-6
 
 
-def test_each_edit_has_its_own_contexts(pipe: KontextPipeline, peer: Any) -> None:
+def test_each_edit_has_its_own_contexts(hub_pipe: KontextPipeline, peer: Any) -> None:
     """A list of lists: the contexts of each edit, whose number may differ."""
     prompts = ["make it red", "a blue square"]
     given = [PICTURES[:2], PICTURES[2:]]
-    result = pipe(
+    result = hub_pipe(
         image=given,
         prompt=prompts,
         seed=[4, 5],

@@ -16,11 +16,6 @@ from fluxkontext.runtime.request import Edit, Prompt
 CHANNELS = 16
 
 
-@pytest.fixture(scope="module")
-def pipe(small_pipe: KontextPipeline) -> KontextPipeline:
-    return small_pipe
-
-
 def jobs(grid: Any, *sizes: tuple[int, int]) -> list[Job]:
     edit = Edit(Prompt("", ""), None, ())
     return [Job(edit, size, (), (), []) for size in sizes]

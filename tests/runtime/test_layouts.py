@@ -121,7 +121,7 @@ def test_clip_without_its_prefix(tmp_path: Path, hub: Path) -> None:
 
 
 def test_an_edit_gives_the_same_bits(
-    hub: Path, single_files: dict[str, Path], pipe: KontextPipeline
+    hub: Path, single_files: dict[str, Path], hub_pipe: KontextPipeline
 ) -> None:
     parts = {name: file for name, file in single_files.items() if name != "model"}
     parts |= {part: hub / part for part in ("tokenizer", "tokenizer_2")}
@@ -130,7 +130,7 @@ def test_an_edit_gives_the_same_bits(
     with KontextPipeline.from_pretrained(
         single_files["model"], precision="fp32", device="cpu", **parts
     ) as single:
-        assert (single(**call).images == pipe(**call).images).all()
+        assert (single(**call).images == hub_pipe(**call).images).all()
 
 
 PUBLISHED = json.loads((Path(__file__).parent / "flux_dev_shapes.json").read_text(encoding="utf-8"))

@@ -82,26 +82,26 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_equals_diffusers(pipe: KontextPipeline, peer: Any, case: str) -> None:
+def test_equals_diffusers(hub_pipe: KontextPipeline, peer: Any, case: str) -> None:
     call = EDIT | CASES[case]
-    assert_equal(run_ours(pipe, **call), run_peer(peer, **call))
+    assert_equal(run_ours(hub_pipe, **call), run_peer(peer, **call))
 
 
-def test_given_starting_latents(pipe: KontextPipeline, peer: Any) -> None:
+def test_given_starting_latents(hub_pipe: KontextPipeline, peer: Any) -> None:
     latents = torch.randn(1, 36, 64, generator=torch.Generator().manual_seed(5))
     call = {"image": picture(96, 80), "prompt": "red", "latents": latents, **SQUARE}
-    assert_equal(run_ours(pipe, **call), run_peer(peer, **call))
+    assert_equal(run_ours(hub_pipe, **call), run_peer(peer, **call))
 
 
-def test_latents_as_the_image(pipe: KontextPipeline, peer: Any) -> None:
+def test_latents_as_the_image(hub_pipe: KontextPipeline, peer: Any) -> None:
     """Scaled latents of 16 channels are taken as they are."""
     latents = torch.randn(1, 16, 10, 14, generator=torch.Generator().manual_seed(6))
     call = EDIT | {"image": latents, **SQUARE}
-    assert_equal(run_ours(pipe, **call), run_peer(peer, **call))
+    assert_equal(run_ours(hub_pipe, **call), run_peer(peer, **call))
 
 
 @pytest.mark.parametrize("negative", [False, True])
-def test_given_embeddings(pipe: KontextPipeline, peer: Any, negative: bool) -> None:
+def test_given_embeddings(hub_pipe: KontextPipeline, peer: Any, negative: bool) -> None:
     rng = torch.Generator().manual_seed(7)
     call = {
         "image": picture(96, 80),
@@ -116,31 +116,33 @@ def test_given_embeddings(pipe: KontextPipeline, peer: Any, negative: bool) -> N
             "negative_pooled_prompt_embeds": torch.randn(1, 128, generator=rng),
             "true_cfg_scale": 2.0,
         }
-    assert_equal(run_ours(pipe, **call), run_peer(peer, **call))
+    assert_equal(run_ours(hub_pipe, **call), run_peer(peer, **call))
 
 
-def test_generators(pipe: KontextPipeline, peer: Any) -> None:
+def test_generators(hub_pipe: KontextPipeline, peer: Any) -> None:
     """torch's own generators: one for all pictures, or one each."""
     call = {"image": picture(96, 80), "prompt": "red", "num_images_per_prompt": 2, **SQUARE}
 
     def one() -> torch.Generator:
         return torch.Generator().manual_seed(11)
 
-    assert_equal(run_ours(pipe, **call, generator=one()), run_peer(peer, **call, generator=one()))
+    assert_equal(
+        run_ours(hub_pipe, **call, generator=one()), run_peer(peer, **call, generator=one())
+    )
 
     def two() -> list[torch.Generator]:
         return [torch.Generator().manual_seed(seed) for seed in (12, 13)]
 
     theirs = run_peer(peer, **call, generator=two())
-    assert_equal(run_ours(pipe, **call, generator=two()), theirs)
-    assert_equal(run_ours(pipe, **call, seed=[12, 13]), theirs)
+    assert_equal(run_ours(hub_pipe, **call, generator=two()), theirs)
+    assert_equal(run_ours(hub_pipe, **call, seed=[12, 13]), theirs)
 
 
-def test_pairs_as_expected(pipe: KontextPipeline, peer: Any) -> None:
+def test_pairs_as_expected(hub_pipe: KontextPipeline, peer: Any) -> None:
     """Two prompts, two pictures, two results each: diffusers pairs the second prompt's first
     result with the first picture, so it is run once a prompt here."""
     prompts, pictures = ["make it red", "a blue square"], [picture(96, 80, 1), picture(80, 96, 2)]
-    result = pipe(
+    result = hub_pipe(
         image=pictures,
         prompt=prompts,
         num_images_per_prompt=2,
@@ -221,24 +223,24 @@ MISTAKES = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_would_see(
-    mistake: str, pipe: KontextPipeline, peer: Any, monkeypatch: pytest.MonkeyPatch
+    mistake: str, hub_pipe: KontextPipeline, peer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The comparison has power: each of these mistakes is far outside what it allows."""
     module, name, wrong, where = MISTAKES[mistake]
     call = EDIT | {"image": picture(96, 80), **SQUARE}
     monkeypatch.setattr(module, name, wrong)
-    found = errors(run_ours(pipe, **call), run_peer(peer, **call))
+    found = errors(run_ours(hub_pipe, **call), run_peer(peer, **call))
     print(found)
     far = {"latents": 100 * LATENTS, "feed_forward": 4 * FEED_FORWARD}
     assert found[where] > far[where]
 
 
-def test_low_precision(hub: Path, pipe: KontextPipeline, peer: Any) -> None:
+def test_low_precision(hub: Path, hub_pipe: KontextPipeline, peer: Any) -> None:
     """In bf16 we are about as far from fp32 as diffusers is; in fp16 much nearer."""
     call = {"image": picture(64, 48), "num_inference_steps": 2, "output_type": "latent"}
     call |= size(64, 64)
     seeds = range(4)
-    exact = [run_ours(pipe, **EDIT | call | {"seed": seed}).latents for seed in seeds]
+    exact = [run_ours(hub_pipe, **EDIT | call | {"seed": seed}).latents for seed in seeds]
 
     def mean_error(run: Any, model: Any) -> float:
         found = [run(model, **EDIT | call | {"seed": seed}).latents for seed in seeds]

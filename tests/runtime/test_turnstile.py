@@ -20,11 +20,6 @@ from fluxkontext.runtime import (
 from .edits import EDIT, photo, waiting
 
 
-@pytest.fixture(scope="module")
-def pipe(small_pipe: KontextPipeline) -> KontextPipeline:
-    return small_pipe
-
-
 def until(condition: Callable[[], bool], seconds: float = 20) -> None:
     end = time.monotonic() + seconds
     while not condition():
