@@ -99,7 +99,9 @@ def attend_fp8(_: Any, streams: Sequence[Stream], q_rope: Tensor, rope: Tensor) 
     scales = torch.stack([torch.stack((s.q_norm, s.k_norm)) for s in reversed(streams)])
     q, k, v = (_joined([s[part] for s in streams]) for part in range(3))
     text = streams[0].k.shape[1] if len(streams) == 2 else 0
-    out: Tensor = _attend_fp8(q, k, v, scales, text, None if q_rope is rope else q_rope, rope)
+    # Where all tokens ask, their angles are those of the keys.
+    some = q_rope if len(q_rope) < len(rope) else None
+    out: Tensor = _attend_fp8(q, k, v, scales, text, some, rope)
     return out
 
 

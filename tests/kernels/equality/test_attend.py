@@ -31,13 +31,14 @@ def table(tokens: int, dim: int, device: torch.device) -> Tensor:
 
 
 def cases(dim: int, device: torch.device) -> dict[str, tuple[list[Stream], Tensor, Tensor]]:
-    """Text beside image; one stream; and of that the last tokens alone as queries."""
+    """Text beside image, with angles of equal value; one stream; and of that the last tokens alone
+    as queries."""
     rope = table(150, dim, device)
     both = [stream(21, dim, device), stream(129, dim, device)]
     one = stream(150, dim, device)
     cut = one._replace(q=one.q[:, 17:])
     return {
-        "two streams": (both, rope, rope),
+        "two streams": (both, rope.clone(), rope),
         "one stream": ([one], rope, rope),
         "some queries": ([cut], rope[17:], rope),
     }
