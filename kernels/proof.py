@@ -7,7 +7,7 @@ raises.
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from .attend import Stream
 from .candidates import CANDIDATES, Candidate, Situation, assembled, usable
 from .gelu import gelu_beside_ref, gelu_ref
+from .group_norm import CONFIG
 from .kernel_set import KernelSet, reference
 from .linear_fp8 import Fp8Product
 from .modulate import modulate_ref, residual_modulate_ref
@@ -93,20 +94,26 @@ def fault_of(op: str, candidate: Candidate, situation: Situation, width: int) ->
 
     Raises BrokenContextError where nothing else can be run after it.
     """
-    reference_op: Callable[..., Any] = getattr(reference(), op)
-    plain = candidate.plain or reference_op
-    if candidate.run is plain:
+    if candidate.run is (candidate.plain or getattr(reference(), op)):
         return None
+    for make in (CASES[op].make, *CASES[op].also):
+        draw = torch.Generator().manual_seed(0)
+        args = [_each(arg, situation.device) for arg in make(draw, situation, width)]
+        if fault := _fault(op, candidate, args, situation.device):
+            return fault
+    return None
+
+
+def _fault(op: str, candidate: Candidate, args: Sequence[Any], device: torch.device) -> str | None:
+    reference_op: Callable[..., Any] = getattr(reference(), op)
     case = CASES[op]
-    draw = torch.Generator().manual_seed(0)
-    args = [_each(arg, situation.device) for arg in case.make(draw, situation, width)]
     try:
         found = case.seen(candidate.run(*args))
-        _settle(situation.device)
+        _settle(device)
     except Exception as error:  # whatever a compiler or a driver raises
         reason = f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
         try:
-            _settle(situation.device)
+            _settle(device)
         except Exception:
             safe = next(c.name for c in CANDIDATES[op] if c.run is reference_op)
             raise BrokenContextError(
@@ -114,7 +121,7 @@ def fault_of(op: str, candidate: Candidate, situation: Situation, width: int) ->
                 f"kernels={{'{op}': '{safe}'}}"
             ) from error
         return reason
-    expected = case.seen(plain(*args))
+    expected = case.seen((candidate.plain or reference_op)(*args))
     exact = (case.exact or reference_op)(*(_each(arg, torch.float64) for arg in args))
     faults = map(broken_rule, _several(found), _several(expected), _several(exact))
     return next((fault for fault in faults if fault), None)
@@ -177,14 +184,18 @@ def _dequantised(rows: Rows) -> Tensor:
     return rows.values.float() * rows.scale
 
 
+Make = Callable[[torch.Generator, Situation, int], list[Any]]
+
+
 @dataclass(frozen=True)
 class Case:
     """Arguments for an op. seen: what of its results is compared. exact: in place of the op's
-    reference in float64, where that would quantise."""
+    reference in float64, where that would quantise. also: other arguments, tried after these."""
 
-    make: Callable[[torch.Generator, Situation, int], list[Any]]
+    make: Make
     seen: Callable[[Any], Any] = _same
     exact: Callable[..., Any] | None = None
+    also: tuple[Make, ...] = ()
 
 
 def _modulate(draw: torch.Generator, at: Situation, width: int) -> list[Any]:
@@ -215,14 +226,26 @@ def _attention(draw: torch.Generator, at: Situation, width: int) -> list[Any]:
 
 
 def _attend(draw: torch.Generator, at: Situation, width: int) -> list[Any]:
-    streams = []
-    for tokens in (TOKENS, 4 * TOKENS):  # text, image
-        qkv = _randn(draw, at, BATCH, tokens, 3 * HEADS * at.head_dim)
-        norms = 1 + 0.2 * _randn(draw, at, 2, at.head_dim)
-        q, k, v = qkv.unflatten(-1, (3, HEADS, at.head_dim)).unbind(2)
-        streams.append(Stream(q, k, v, *norms.unbind(0)))
-    rope = rope_table(torch.arange(5 * TOKENS)[:, None], (at.head_dim,), 10_000.0)
-    return [reference(), tuple(streams), rope, rope]
+    text, image = (_stream(draw, at, tokens) for tokens in (TOKENS, 4 * TOKENS))
+    rope = _rope(at, 5 * TOKENS)
+    return [reference(), (text, image), rope, rope]
+
+
+def _attend_some(draw: torch.Generator, at: Situation, width: int) -> list[Any]:
+    """One stream, of which the last tokens alone ask, as in the last block."""
+    stream, rope = _stream(draw, at, 5 * TOKENS), _rope(at, 5 * TOKENS)
+    return [reference(), (stream._replace(q=stream.q[:, TOKENS:]),), rope[TOKENS:], rope]
+
+
+def _stream(draw: torch.Generator, at: Situation, tokens: int) -> Stream:
+    qkv = _randn(draw, at, BATCH, tokens, 3 * HEADS * at.head_dim)
+    norms = 1 + 0.2 * _randn(draw, at, 2, at.head_dim)
+    q, k, v = qkv.unflatten(-1, (3, HEADS, at.head_dim)).unbind(2)
+    return Stream(q, k, v, *norms.unbind(0))
+
+
+def _rope(at: Situation, tokens: int) -> Tensor:
+    return rope_table(torch.arange(tokens)[:, None], (at.head_dim,), 10_000.0)
 
 
 def _gelu(draw: torch.Generator, at: Situation, width: int) -> list[Any]:
@@ -234,10 +257,13 @@ def _gelu_beside(draw: torch.Generator, at: Situation, width: int) -> list[Any]:
 
 
 def _group_norm(draw: torch.Generator, at: Situation, width: int) -> list[Any]:
+    """A picture that several programs share, whose moments are merged."""
     channels = at.channels[-1]
-    x = _randn(draw, at, BATCH, channels, 9, 11)
+    groups = math.gcd(channels, 32) // 2 or 1
+    height = 3 * CONFIG.elements * groups // (11 * channels) + 1
+    x = _randn(draw, at, BATCH, channels, height, 11)
     weight, bias = _randn(draw, at, channels), _randn(draw, at, channels)
-    return [x, math.gcd(channels, 32) // 2 or 1, weight, bias, 1e-6]
+    return [x, groups, weight, bias, 1e-6]
 
 
 def _quantize_rows(draw: torch.Generator, at: Situation, width: int) -> list[Any]:
@@ -283,7 +309,7 @@ CASES: Mapping[str, Case] = {
     "residual_modulate": Case(_residual_modulate),
     "norm_rope": Case(_norm_rope),
     "attention": Case(_attention),
-    "attend": Case(_attend),
+    "attend": Case(_attend, also=(_attend_some,)),
     "gate_residual": Case(_gate_residual),
     "gelu": Case(_gelu),
     "gelu_beside": Case(_gelu_beside),

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from fluxkontext.kernels import proof, proven
+from fluxkontext.kernels.attend import attend_ref
 from fluxkontext.kernels.candidates import CANDIDATES, Candidate, Situation
 from fluxkontext.kernels.gelu import gelu_ref
+from fluxkontext.kernels.group_norm import moments_shape
 from fluxkontext.kernels.kernel_set import reference
 from fluxkontext.kernels.proof import CASES, fault_of
 
@@ -137,6 +139,24 @@ def test_every_case_sees_an_error(op: str) -> None:
 
     candidate = Candidate("wrong", wrong, lambda _: None)
     assert fault_of(op, candidate, Situation(CPU, torch.bfloat16, 64), 192)
+
+
+def test_attention_is_tried_on_one_stream_too() -> None:
+    """Of which only the last tokens ask: a kernel that takes part there alone is seen."""
+
+    def wrong(ops: Any, streams: Any, q_rope: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+        out = attend_ref(ops, streams, q_rope, rope)
+        return out if len(streams) == 2 else 1.1 * out
+
+    candidate = Candidate("wrong", wrong, lambda _: None)
+    assert fault_of("attend", candidate, Situation(CPU, torch.bfloat16, 64), 192)
+
+
+@pytest.mark.parametrize("channels", [16, 128, 512])
+def test_a_picture_is_tried_whose_moments_are_merged(channels: int) -> None:
+    situation = Situation(CPU, torch.bfloat16, 64, (channels,))
+    x, groups, *_ = CASES["group_norm_silu"].make(torch.Generator(), situation, 192)
+    assert moments_shape(x, groups)[-1] > 1
 
 
 @pytest.mark.gpu

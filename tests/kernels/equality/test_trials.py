@@ -13,7 +13,7 @@ KERNELS = {
     f"{op}={c.name}": (op, c)
     for op, known in CANDIDATES.items()
     for c in known
-    if c.name in ("triton", "upcast", "fp8", "scaled_mm", "cudnn", "fa3")
+    if c.name in ("triton", "upcast", "rotated", "fp8", "scaled_mm", "cudnn", "fa3")
 }
 
 
