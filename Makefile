@@ -31,7 +31,8 @@ BENCH = $(PYTHON) -P -m fluxkontext.runtime.cli bench
 .PHONY: $(GPU)
 gpu: $(GPU)
 
-$(GPU): export PYTHONPATH := $(CURDIR)/build/ns:$(PYTHONPATH)
+# Without an empty entry, which would be the current folder.
+$(GPU): export PYTHONPATH := $(CURDIR)/build/ns$(if $(PYTHONPATH),:$(PYTHONPATH))
 $(GPU): | build/ns $(OUT)
 $(OUT):
 	mkdir -p $@

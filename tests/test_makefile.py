@@ -2,6 +2,7 @@
 with what the goals name."""
 
 import importlib
+import os
 import shlex
 import subprocess
 from argparse import Namespace
@@ -39,6 +40,26 @@ def test_benchmarks_parse_and_write_into_one_folder(part: str, tmp_path: Path) -
     found = list(benchmarks(part, tmp_path))
     assert found
     assert {args.out.parent for args in found} == {tmp_path}
+
+
+@pytest.mark.parametrize("others", [[], ["/elsewhere"]], ids=str)
+def test_the_current_folder_is_not_on_the_path(others: list[str], tmp_path: Path) -> None:
+    """An empty entry would be it, and `kernels` then a package of its own."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "path=$PYTHONPATH"\n')
+    python.chmod(0o755)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    env |= {"PYTHONPATH": os.pathsep.join(others)} if others else {}
+    done = subprocess.run(
+        ["make", "gpu-kernels", f"OUT={tmp_path}", f"PYTHON={python}"],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    (path,) = (line for line in done.stdout.splitlines() if line.startswith("path="))
+    assert path == "path=" + os.pathsep.join([str(ROOT / "build" / "ns"), *others])
 
 
 def test_gpu_is_all_parts(tmp_path: Path) -> None:
