@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch
+from .quantize import bounded
 
 FP16_MAX = 65504.0
 """The largest finite float16."""
@@ -39,9 +40,9 @@ CONFIG = Config()
 
 @triton.jit
 def stored(x, dtype: tl.constexpr):
-    """Float32 ``x`` in ``dtype``; float16 saturates."""
+    """Float32 ``x`` in ``dtype``; float16 saturates, and NaN stays."""
     if dtype == tl.float16:
-        x = tl.minimum(tl.maximum(x, -_FP16_MAX), _FP16_MAX)
+        x = bounded(x, -_FP16_MAX, _FP16_MAX)
     return x.to(dtype)
 
 
@@ -59,7 +60,7 @@ def _gate_residual_kernel(
     gate = tl.load(gate_ptr + batch * gate_batch + d, d < D, 0.0).to(tl.float32)
     x = tl.load(x_ptr + batch * x_batch + token * x_token + d, mask, 0.0).to(tl.float32)
     y = tl.load(y_ptr + batch * y_batch + token * y_token + d, mask, 0.0).to(tl.float32)
-    out = stored(x + gate * y, out_ptr.dtype.element_ty)
+    out = stored(tl.fma(gate, y, x), out_ptr.dtype.element_ty)
     tl.store(out_ptr + batch * out_batch + token * out_token + d, out, mask)
 
 

@@ -91,7 +91,7 @@ def _modulate_kernel(
         x = tl.load(x_ptr + batch * x_batch + token * x_token + d, mask, 0.0).to(tl.float32)
         if RESIDUAL:
             y = tl.load(y_ptr + batch * y_batch + token * y_token + d, mask, 0.0)
-            x += gate * y.to(tl.float32)
+            x = tl.fma(gate, y.to(tl.float32), x)
             new = stored(x, sum_ptr.dtype.element_ty)
             tl.store(sum_ptr + batch * sum_batch + token * sum_token + d, new, mask)
         centred = tl.where(mask, x - tl.sum(x, axis=0) / D, 0.0)

@@ -71,6 +71,12 @@ def quantized(x):
 
 
 @triton.jit
+def bounded(x, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """float32 ``x`` between both. NaN stays, of which a clamp by itself makes a bound."""
+    return tl.clamp(x, LOW, HIGH, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def rounded(x, BITS: tl.constexpr, LEAST: tl.constexpr):
     """float32 ``x`` to ``BITS`` bits behind its leading one, that of ``LEAST`` below; ties go to
     even.
@@ -112,7 +118,8 @@ def _quantize_tensor_kernel(
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * x_row + k, k < K, 0.0).to(tl.float32)
-    x = tl.clamp(tl.div_rn(x, tl.load(scale_ptr)), -_FP8_MAX, _FP8_MAX)
+    x = tl.div_rn(x, tl.load(scale_ptr))
+    x = bounded(x, -_FP8_MAX, _FP8_MAX)
     tl.store(out_ptr + row * out_row + k, e4m3_rounded(x).to(tl.float8e4nv), k < K)
 
 

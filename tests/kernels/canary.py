@@ -28,6 +28,19 @@ def _square_plus(x_ptr, out_ptr, N: tl.constexpr):
 
 
 @triton.jit
+def _fused(x_ptr, out_ptr, N: tl.constexpr):
+    x = tl.load(x_ptr + tl.arange(0, N))
+    tl.store(out_ptr + tl.arange(0, N), tl.fma(x, x, -(x * x)))
+
+
+@triton.jit
+def _at_least_one(x_ptr, out_ptr, N: tl.constexpr):
+    x = tl.load(x_ptr + tl.arange(0, N))
+    tl.store(out_ptr + tl.arange(0, N), tl.maximum(x, 1.0))
+    tl.store(out_ptr + N + tl.arange(0, N), tl.clamp(x, 1.0, 2.0))
+
+
+@triton.jit
 def _constant(x_ptr, out_ptr, N: tl.constexpr):
     tl.store(out_ptr + tl.arange(0, N), tl.full((N,), 1.5, tl.bfloat16))
 
@@ -76,6 +89,20 @@ def square_plus() -> tuple[Tensor, Tensor]:
     return out, x + x * x
 
 
+def fused() -> tuple[Tensor, Tensor]:
+    """What is lost as a square is rounded."""
+    x = torch.randn(256)
+    out = torch.empty_like(x)
+    _fused[(1,)](x, out, 256)
+    return out, x.double().square() - x.square().double()
+
+
+def of_nan() -> tuple[Tensor, Tensor]:
+    out = torch.empty(32)
+    _at_least_one[(1,)](torch.full((16,), torch.nan), out, 16)
+    return out, torch.ones(32)
+
+
 def constant() -> tuple[Tensor, Tensor]:
     x = torch.empty(16, dtype=torch.bfloat16)
     _constant[(1,)](x, x, 16)
@@ -111,6 +138,8 @@ def main() -> None:
         "int32 to bfloat16": error(lambda: cast(torch.int32, bf16)),
         "bfloat16 arithmetic": error(square_plus),
         "bfloat16 constant": error(constant),
+        "float32 fma": error(fused),
+        "maximum of NaN": error(of_nan),
         "bfloat16 dot": error(lambda: dot(bf16)),
         "e4m3 dot": error(lambda: dot(e4m3)),
         "nvfp4 dot": error(dot_nvfp4),

@@ -1,7 +1,8 @@
 """Triton's CPU interpreter, corrected where its results silently differ from a GPU's.
 
 As shipped (3.6, 3.7) it does bf16 arithmetic on the raw bits, truncates when it rounds to bf16,
-carries wrongly when it rounds to FP8, and has no ``tl.dot_scaled``. The builder below computes in
+carries wrongly when it rounds to FP8, keeps every NaN, rounds the product of an FMA, and has no
+``tl.dot_scaled``. The builder below computes in
 float32 whatever numpy has no type for, and rounds as torch does: to nearest, ties to even.
 FP8 saturates, as PTX's ``cvt.rn.satfinite`` does; where chips differ, it is as imprecise as any:
 rounded to float16 before, as on Ada, and its products summed as on Hopper.
@@ -107,17 +108,27 @@ class CorrectedBuilder(InterpreterBuilder):
         return rounded(op(computable(arg)), arg.dtype.scalar)
 
     def create_fma(self, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
-        if z.dtype.scalar not in PACKED:
-            return super().create_fma(x, y, z)
-        return rounded(computable(x) * computable(y) + computable(z), z.dtype.scalar)
+        """In float64, which has all bits of the product."""
+        dtype = z.dtype.scalar
+        left, right, term = (computable(it).astype(np.float64) for it in (x, y, z))
+        total = left * right + term
+        if dtype in PACKED:
+            return rounded(total, dtype)
+        return TensorHandle(total.astype(interpreter._get_np_dtype(dtype)), dtype)
+
+    def create_maxnumf(self, lhs: TensorHandle, rhs: TensorHandle) -> TensorHandle:
+        return self.binary_op(lhs, rhs, np.fmax)
+
+    def create_minnumf(self, lhs: TensorHandle, rhs: TensorHandle) -> TensorHandle:
+        return self.binary_op(lhs, rhs, np.fmin)
 
     def create_clampf(
         self, arg: TensorHandle, low: TensorHandle, high: TensorHandle, propagate_nans: object
     ) -> TensorHandle:
-        if arg.dtype.scalar not in PACKED:
-            return super().create_clampf(arg, low, high, propagate_nans)
-        clipped = np.clip(computable(arg), computable(low), computable(high))
-        return rounded(clipped, arg.dtype.scalar)
+        """As PTX: the other number where one is NaN, if that is not to stay."""
+        stays = propagate_nans == tl.PropagateNan.ALL
+        larger, smaller = (np.maximum, np.minimum) if stays else (np.fmax, np.fmin)
+        return self.binary_op(self.binary_op(arg, low, larger), high, smaller)
 
     def get_bf16(self, value: float) -> TensorHandle:
         return rounded(np.array([value], np.float32), tl.bfloat16)

@@ -79,6 +79,19 @@ def test_two_streams_quantised_in_one_pass(
     compare(out.float() * row_scale, q.float() * q_scale, exact[1])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_stays(dtype: torch.dtype, device: torch.device) -> None:
+    """An edit that went wrong is seen by its latents, and so must not become finite."""
+    x = tokens(1, 3, 32, dtype, device)
+    x[:, 1, 5] = torch.nan
+    shift, scale, gate = vectors(1, 32, x)
+    lost = x.isnan()
+    assert torch.equal(gate_residual(x, gate, x).isnan(), lost)
+    total, out = residual_modulate(x, gate, x, shift, scale)
+    assert torch.equal(total.isnan(), lost)
+    assert torch.equal(out.isnan(), lost.any(-1, keepdim=True).expand_as(x))
+
+
 def test_fp16_saturates(device: torch.device) -> None:
     """A sum beyond 65504 is that, not infinite, and what is normed is finite."""
     x = torch.full((1, 3, 32), 6e4, dtype=torch.float16, device=device)

@@ -61,6 +61,15 @@ def test_quantize_tensor(shape: tuple[int, ...], dtype: torch.dtype, device: tor
     assert torch.equal(one, one_ref)
 
 
+@pytest.mark.usefixtures("_fp8")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_stays(dtype: torch.dtype, device: torch.device) -> None:
+    x = torch.randn(1, 3, 32).to(device, dtype)
+    x[:, 1, 5] = torch.nan
+    for q, scale in (quantize_rows(x), quantize_tensor(x, torch.tensor(0.02, device=device))):
+        assert torch.equal((q.float() * scale).isnan(), x.isnan())
+
+
 @triton.jit
 def _rounded_kernel(x_ptr, out_ptr, N: tl.constexpr):
     at = tl.program_id(0) * N + tl.arange(0, N)
