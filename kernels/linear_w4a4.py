@@ -17,7 +17,7 @@ from .gemm import Config, banded
 from .launch import Launch
 from .linear_w4a16 import linear_w4a16
 from .nvfp4 import BLOCK, E2M1_MAX, E4M3_MAX, NvFp4, pack, unpack
-from .quantize import e4m3_rounded, rounded
+from .quantize import bounded, e4m3_rounded, rounded
 
 _BLOCK = tl.constexpr(BLOCK)
 _E2M1_MAX = tl.constexpr(E2M1_MAX)
@@ -52,6 +52,13 @@ QUANTIZE = QuantizeConfig()
 
 
 @triton.jit
+def _largest(x):
+    """The largest magnitude of each block of ``x [M, blocks, 16]`` float32, or NaN if it holds one:
+    of the bits of magnitudes, these are the largest."""
+    return tl.max(tl.abs(x).to(tl.int32, bitcast=True), axis=2).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _codes(x):
     """The nearest E2M1 codes of float32 ``x``. Halfway, the even code wins."""
     a = tl.abs(x)
@@ -71,8 +78,7 @@ def _quantize_kernel(
     c = tl.program_id(0) * C + tl.arange(0, C)[None, :]
     x = tl.load(x_ptr + m.to(tl.int64) * x_row + c, (m < rows) & (c < K), 0.0).to(tl.float32)
     x = (x / tl.load(x_scale_ptr)).reshape(M, C // _BLOCK, _BLOCK)
-    scale = tl.max(tl.abs(x), axis=2) / _E2M1_MAX
-    scale = tl.minimum(tl.maximum(scale, _LEAST_SCALE), _E4M3_MAX).to(tl.float8e4nv)
+    scale = bounded(_largest(x) / _E2M1_MAX, _LEAST_SCALE, _E4M3_MAX).to(tl.float8e4nv)
     codes = _codes(x / scale.to(tl.float32)[:, :, None])
     low, high = tl.split(codes.reshape(M, C // 2, 2))
     p = tl.program_id(0) * (C // 2) + tl.arange(0, C // 2)[None, :]
@@ -110,9 +116,9 @@ def _round_kernel(
     m = m.to(tl.int64)
     x = tl.load(x_ptr + m * x_row + c, inside, 0.0).to(tl.float32)
     x = tl.div_rn(x, tl.load(x_scale_ptr)).reshape(M, C // _BLOCK, _BLOCK)
-    scale = tl.div_rn(tl.max(tl.abs(x), axis=2), _E2M1_MAX)
-    scale = e4m3_rounded(tl.clamp(scale, _LEAST_SCALE, _E4M3_MAX))[:, :, None]
-    x = tl.clamp(rounded(tl.div_rn(x, scale), 1, 1.0), -_E2M1_MAX, _E2M1_MAX) * scale
+    scale = bounded(tl.div_rn(_largest(x), _E2M1_MAX), _LEAST_SCALE, _E4M3_MAX)
+    scale = e4m3_rounded(scale)[:, :, None]
+    x = rounded(bounded(tl.div_rn(x, scale), -_E2M1_MAX, _E2M1_MAX), 1, 1.0) * scale
     tl.store(out_ptr + m * K + c, x.reshape(M, C).to(out_ptr.dtype.element_ty), inside)
 
 

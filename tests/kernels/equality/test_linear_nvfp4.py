@@ -17,7 +17,7 @@ from fluxkontext.kernels.linear_w4a4 import (
     linear_w4a4_upcast,
 )
 from fluxkontext.kernels.linear_w4a16 import launch_linear_w4a16, linear_w4a16, linear_w4a16_ref
-from fluxkontext.kernels.nvfp4 import NvFp4, pack, unpack
+from fluxkontext.kernels.nvfp4 import E4M3_MAX, NvFp4, pack, unpack
 
 from ..house_rule import compare
 
@@ -79,12 +79,36 @@ def test_quantised_rows(shape: tuple[int, int], dtype: torch.dtype, device: torc
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 16), (37, 272)])
 def test_rounded_rows(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
-    """Number by number what the codes stand for; the largest are beyond the range."""
-    x = 30 * torch.randn(shape[0], shape[1] + 16).to(device, dtype)[:, :-16]
+    """Number by number what the codes stand for, from beyond the range to below it."""
+    x = torch.randn(shape[0], shape[1] + 16).to(device, dtype)[:, :-16]
+    x *= torch.tensor([30, 1, 1e-2, 1e-4]).to(x).repeat(10)[: len(x), None]
     scale, one = torch.tensor(0.01, device=device), torch.ones((), device=device)
     out = torch.empty(shape).to(x)
     launch_round_nvfp4(out, x, scale)()
-    assert torch.equal(out.float(), unpack(replace(pack(x, scale), scale=one)))
+    expected = replace(pack(x, scale), scale=one)
+    assert torch.equal(out.float(), unpack(expected))
+    if len(x) > 1:
+        scales = expected.block_scale.float()
+        assert {scales.min().item(), scales.max().item()} == {2**-9, E4M3_MAX}
+        assert ((scales > 2**-9) & (scales < E4M3_MAX)).any()
+
+
+def test_nan_stays(device: torch.device) -> None:
+    """It takes its block with it, as in the reference."""
+    x = torch.randn(3, 48).to(device, torch.bfloat16)
+    x[1, 20] = torch.nan
+    scale = torch.tensor(0.01, device=device)
+    expected = pack(x, scale)
+    lost = unpack(expected).isnan()
+    assert lost.sum() == 16
+    rounded = torch.empty_like(x)
+    launch_round_nvfp4(rounded, x, scale)()
+    assert torch.equal(rounded.isnan(), lost)
+    if chip_of(device).fp8:
+        out = NvFp4(*map(torch.empty_like, vars(expected).values()))
+        out.scale.copy_(scale)
+        launch_quantize_nvfp4(out, x)()
+        assert torch.equal(unpack(out).isnan(), lost)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
