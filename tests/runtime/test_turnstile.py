@@ -165,9 +165,7 @@ def test_calls_are_served_in_the_order_of_arrival(pipe: KontextPipeline) -> None
     for call in calls:
         assert call.done().error is None
     assert served == [i for i in range(8) for _ in range(3)]
-    queued = [call.result.timings["queue"] for call in calls]
-    assert queued == sorted(queued)[:1] + queued[1:]
-    assert min(queued) > 0
+    assert min(call.result.timings["queue"] for call in calls) > 0
 
 
 def test_a_full_queue_refuses(small_model: Path, usual: Any) -> None:
