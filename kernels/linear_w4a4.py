@@ -94,6 +94,7 @@ def launch_quantize_nvfp4(out: NvFp4, x: Tensor) -> Launch:
     assert out.packed.shape == (rows, width // 2), out.packed.shape
     assert out.block_scale.shape == (rows, width // BLOCK), out.block_scale.shape
     assert all(t.is_contiguous() for t in vars(out).values()), "outputs are dense"
+    assert x.stride(1) == 1, "strided rows"
     assert width % BLOCK == 0, width
     c = QUANTIZE
     args = {
@@ -128,6 +129,7 @@ def launch_round_nvfp4(out: Tensor, x: Tensor, x_scale: Tensor) -> Launch:
     rows, width = x.shape
     assert out.shape == x.shape, (out.shape, x.shape)
     assert out.is_contiguous(), out.stride()
+    assert x.stride(1) == 1, "strided rows"
     assert width % BLOCK == 0, width
     c = QUANTIZE
     args = {

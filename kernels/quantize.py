@@ -139,6 +139,7 @@ def launch_quantize_tensor(out: Tensor, x: Tensor, scale: Tensor) -> Launch:
 def _launch(kernel: Any, out: Tensor, scale: Tensor, x: Tensor) -> Launch:
     rows, width = x.shape
     assert out.shape == x.shape, (out.shape, x.shape)
+    assert x.stride(1) == out.stride(1) == 1, "strided rows"
     args = {
         "x_ptr": x, "out_ptr": out, "scale_ptr": scale,
         "x_row": x.stride(0), "out_row": out.stride(0),
