@@ -38,7 +38,13 @@ from ..kernels.linear_w4a16 import launch_linear_w4a16
 from ..kernels.modulate import launch_modulate, modulate_ref, residual_modulate_ref
 from ..kernels.norm_rope import id_table, launch_norm_rope, qk_norm_rope_ref, rope_table
 from ..kernels.nvfp4 import pack
-from ..kernels.quantize import FP8, launch_quantize_rows, quantize_rows_ref
+from ..kernels.quantize import (
+    FP8,
+    launch_quantize_rows,
+    launch_quantize_tensor,
+    quantize_rows_ref,
+    quantize_tensor_ref,
+)
 from .kernel_cases import HEAD_DIMS, HEADS, MLP, TEXT_TOKENS, TOKENS, WIDTH
 
 DIM = WIDTH // HEADS
@@ -132,7 +138,7 @@ def _elementwise(chip: Chip) -> Iterator[Timed]:
     if not chip.fp8:
         return
     out8, row_scale = out.to(FP8), torch.empty(1, TOKENS, 1)
-    wide8, static = wide.to(FP8), torch.ones(1)
+    wide8, one = wide.to(FP8), torch.ones(())
     yield Timed(
         "modulate residual quantize", size(x, y, out8, total), 0, "bf16",
         {
@@ -145,8 +151,7 @@ def _elementwise(chip: Chip) -> Iterator[Timed]:
     yield Timed(
         "gelu quantize", size(up, wide8), 0, "bf16",
         {
-            "triton, rows": launch_gelu(wide8, up, row_scale[0]),
-            "triton, static": launch_gelu(wide8, up, scale=static),
+            "triton": launch_gelu(wide8, up, row_scale[0]),
             "reference": lambda: quantize_rows_ref(gelu_ref(up)),
         },
     )  # fmt: skip
@@ -163,6 +168,13 @@ def _elementwise(chip: Chip) -> Iterator[Timed]:
         {
             "triton": launch_quantize_rows(out8[0], row_scale[0], x[0]),
             "reference": lambda: quantize_rows_ref(x),
+        },
+    )  # fmt: skip
+    yield Timed(
+        "quantize_tensor", size(x, out8), 0, "bf16",
+        {
+            "triton": launch_quantize_tensor(out8[0], x[0], one),
+            "reference": lambda: quantize_tensor_ref(x, one),
         },
     )  # fmt: skip
 

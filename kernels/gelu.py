@@ -1,7 +1,7 @@
 """GELU in its tanh form, the activation of FLUX's feed-forwards.
 
 A kernel can write FP8 straight into the next product's input, with a scale a row, which other
-columns of the row can share, or with one scale known beforehand.
+columns of the row can share.
 """
 
 from dataclasses import dataclass
@@ -87,10 +87,9 @@ def activated(x):
 
 @triton.jit
 def _gelu_kernel(
-    x_ptr, out_ptr, row_scale_ptr, scale_ptr, x_row, out_row,
-    N: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Grid: (rows,). With a scale for rows it is computed, with one for all it is given."""
+    x_ptr, out_ptr, row_scale_ptr, x_row, out_row, N: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Grid: (rows,)."""
     row = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * x_row + n, n < N, 0.0)
@@ -98,26 +97,20 @@ def _gelu_kernel(
     if row_scale_ptr is not None:
         y, row_scale = quantized(y)
         tl.store(row_scale_ptr + row, row_scale)
-    elif scale_ptr is not None:
-        y = (y / tl.load(scale_ptr)).to(tl.float8e4nv)
     tl.store(out_ptr + row * out_row + n, y.to(out_ptr.dtype.element_ty), n < N)
 
 
-def launch_gelu(
-    out: Tensor, x: Tensor, row_scale: Tensor | None = None, scale: Tensor | None = None
-) -> Launch:
+def launch_gelu(out: Tensor, x: Tensor, row_scale: Tensor | None = None) -> Launch:
     """Write GELU of ``x [M, N]`` into ``out [M, N]``; rows of both may be strided.
 
-    row_scale: ``[M, 1]`` float32 to be written, or scale: ``[1]`` float32 to be used; with either,
-    ``out`` is E4M3, and what exceeds its range saturates.
+    row_scale: ``[M, 1]`` float32 to be written; with it, ``out`` is E4M3.
     """
     rows, width = x.shape
     assert out.shape == x.shape, (out.shape, x.shape)
     assert x.stride(1) == out.stride(1) == 1, "strided rows"
-    assert row_scale is None or scale is None, "one scale a row, or one for all"
     assert row_scale is None or row_scale.is_contiguous(), row_scale
     args = {
-        "x_ptr": x, "out_ptr": out, "row_scale_ptr": row_scale, "scale_ptr": scale,
+        "x_ptr": x, "out_ptr": out, "row_scale_ptr": row_scale,
         "x_row": x.stride(0), "out_row": out.stride(0),
         "N": width, "BLOCK": triton.next_power_of_2(width),
     }  # fmt: skip
