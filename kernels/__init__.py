@@ -1,8 +1,7 @@
 """The fused operations of the model: torch references and, beside them, their Triton kernels."""
 
 from .attend import Stream
-from .candidates import select
 from .kernel_set import Before, KernelSet, reference
 from .proof import proven
 
-__all__ = ["Before", "KernelSet", "Stream", "proven", "reference", "select"]
+__all__ = ["Before", "KernelSet", "Stream", "proven", "reference"]

@@ -1,7 +1,7 @@
 """Which implementations every op has, where each can run, and which of them is chosen."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -254,30 +254,15 @@ CANDIDATES: Mapping[str, tuple[Candidate, ...]] = {
 """Implementations of every op, the best one first."""
 
 
-def select(
-    device: torch.device,
-    dtype: torch.dtype,
-    head_dim: int = 128,
-    named: Mapping[str, str] | None = None,
+def assembled(
+    chosen: Mapping[str, Candidate], situation: Situation, layers: Collection[str] = ()
 ) -> KernelSet:
-    """The best implementation of every op, or of some ops the one that is ``named``.
-
-    Raises ValueError where what is named does not exist or cannot be used, and says why.
-    """
-    situation = Situation(device, dtype, head_dim)
-    named = named or {}
-    if unknown := named.keys() - CANDIDATES.keys():
-        raise ValueError(f"no op is called {sorted(unknown)}; there are {sorted(CANDIDATES)}")
-    chosen = {op: usable(op, situation, named.get(op))[0] for op in CANDIDATES}
-    return assembled(chosen, situation)
-
-
-def assembled(chosen: Mapping[str, Candidate], situation: Situation) -> KernelSet:
-    """A set of one implementation for every op; says where a GPU has none for layers of a kind."""
-    plain = [op for op, c in chosen.items() if op.startswith("linear_") and c.name == "torch"]
+    """A set of one implementation for every op; says which of ``layers``, the ops of the layers
+    that a model has, a GPU has none for."""
+    plain = [op for op in chosen if op in layers and chosen[op].name == "torch"]
     if plain and situation.device.type == "cuda" and situation.dtype.itemsize == 2:
         _log.warning(
-            "%s: expected a kernel that can be used, found none; layers of this kind would run in "
+            "%s: expected a kernel that can be used, found none; layers of this kind run in "
             "float32",
             ", ".join(plain),
         )

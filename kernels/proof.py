@@ -7,7 +7,7 @@ raises.
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -45,12 +45,14 @@ def proven(
     named: Mapping[str, str] | None = None,
     candidates: Mapping[str, tuple[Candidate, ...]] = CANDIDATES,
     channels: tuple[int, ...] = (128,),
+    layers: Collection[str] = (),
 ) -> KernelSet:
     """The best implementation of every op that passes; its ``name`` says which these are.
 
     head_dim, width, channels: the model's, which the inputs have. named: ops to have one
-    implementation or none. Raises ValueError where what is named does not exist, cannot be used or
-    fails, and where a kernel has left the device unusable.
+    implementation or none. layers: ops of the model's quantised layers; a warning names those that
+    would run in float32, though nobody asked for it. Raises ValueError where what is named does not
+    exist, cannot be used or fails, and where a kernel has left the device unusable.
     """
     situation, named = Situation(device, dtype, head_dim, channels), named or {}
     if unknown := named.keys() - candidates.keys():
@@ -72,7 +74,7 @@ def proven(
             if op in named:
                 raise ValueError(message)
             _log.warning("%s; using the next implementation", message)
-    return assembled(chosen, situation)
+    return assembled(chosen, situation, set(layers) - named.keys())
 
 
 def trials(
