@@ -97,11 +97,13 @@ def test_a_vae_that_overflows_is_fp32(model: Path, name: str) -> None:
     if name == "vae_encoder":
         pixels = torch.randint(0, 256, (1, 64, 48, 3), generator=rng, dtype=torch.uint8)
         found, wanted = run(graph, VaeEncoderGraph(vae), {"pixels": pixels})
+        assert found.isfinite().all()
+        assert (found - wanted).norm() < 0.01 * wanted.norm()
     else:
         latents = torch.randn(1, 4, 3, 64, generator=rng)
         found, wanted = run(graph, VaeDecoderGraph(vae), {"latents": latents})
-    assert found.isfinite().all()
-    assert (found.float() - wanted.float()).abs().max() <= 1e-3 * wanted.float().abs().max() + 1
+        assert (found.int() - wanted.int()).abs().max() <= 1
+        assert wanted.int().amax() - wanted.int().amin() > 20  # not one colour
     assert set(kinds(graph, "Conv").values()) == {onnx.TensorProto.FLOAT}
 
 
