@@ -96,9 +96,9 @@ def run_python(code: str, env: dict[str, str], cwd: Path) -> str:
 def test_core_imports_nothing_heavy(namespace_env: dict[str, str], tmp_path: Path) -> None:
     code = (
         "import sys, numpy, PIL.Image, tqdm; before = set(sys.modules);"
-        "import fluxkontext.runtime as it;"
-        "print(it.__file__, *sorted({name.partition('.')[0] for name in sys.modules.keys() - before}"
-        " - sys.stdlib_module_names))"
+        "import fluxkontext.runtime as it; fresh = sys.modules.keys() - before;"
+        "packages = {name.partition('.')[0] for name in fresh} - sys.stdlib_module_names;"
+        "print(it.__file__, *sorted(packages))"
     )
     file, *loaded = run_python(code, namespace_env, tmp_path).split()
     assert Path(file).resolve() == ROOT / "runtime" / "__init__.py"
