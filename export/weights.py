@@ -1,14 +1,13 @@
 """A graph's initialisers as ranges of bytes of the checkpoint's own safetensors files."""
 
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import onnx_ir as ir
 from torch import nn
 
-from ..runtime.weights import StoredTensor, data_offsets
+from ..runtime.weights import StoredTensor
 from .components import Graph
 from .split import SplitLinear
 
@@ -66,7 +65,8 @@ def _canonical(module: nn.Module, name: str) -> tuple[str, int, int]:
 
 def external(
     graph: ir.Graph,
-    places: Places,
+    place: PurePosixPath,
+    offset: int,
     tensor: StoredTensor,
     rows: slice | None = None,
     kind: ir.DataType | None = None,
@@ -75,7 +75,8 @@ def external(
 ) -> ir.Value:
     """An initialiser that is ``tensor``, or ``rows`` of it, where it lies.
 
-    kind, shape: what its bytes are read as, where that is not what the file says.
+    place: of its file in the bundle; offset: of its first byte in that. kind, shape: what its bytes
+    are read as, where that is not what the file says.
     """
     stored = STORED_TYPES[tensor.dtype]
     row_bytes = round(stored.itemsize)
@@ -89,8 +90,8 @@ def external(
         return graph.initializers[name]
     own = (rows.stop - rows.start, *tensor.shape[1:]) if tensor.shape else ()
     data = ir.ExternalTensor(
-        str(places[tensor.file]),
-        _offsets(tensor.file)[tensor.key] + rows.start * row_bytes,
+        str(place),
+        offset + rows.start * row_bytes,
         (rows.stop - rows.start) * row_bytes,
         kind or stored,
         shape=ir.Shape(shape or own),
@@ -99,6 +100,3 @@ def external(
     value = ir.Value(name=name, shape=data.shape, type=ir.TensorType(data.dtype), const_value=data)
     graph.register_initializer(value)
     return value
-
-
-_offsets = cache(data_offsets)

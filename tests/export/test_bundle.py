@@ -1,20 +1,27 @@
 """Export: whole or nothing, valid graphs of the contract, weights where they lie."""
 
 import os
-from pathlib import Path
+import shutil
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 from fluxkontext.export import bundle as exporter
 from fluxkontext.export.bundle import write_bundle
+from fluxkontext.export.components import graphs
+from fluxkontext.export.functions import graph_ops
+from fluxkontext.export.quantised_graph import attach_weights
 from fluxkontext.runtime import CheckpointError, InvalidInputError, KontextPipeline
 from fluxkontext.runtime.bundle import open_bundle
 from fluxkontext.runtime.checkpoint import find
 from fluxkontext.runtime.contract import GRAPHS
+from fluxkontext.runtime.weights import data_offsets
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -165,3 +172,26 @@ def test_sessions_map_weights_instead_of_copying(small_bundle: Path) -> None:
     assert ort.InferenceSession(
         small_bundle / "transformer.cpu.onnx", providers=["CPUExecutionProvider"]
     ).get_inputs()
+
+
+def test_weights_that_moved_within_their_file_are_found_again(
+    small_model: Path, tmp_path: Path
+) -> None:
+    """A checkpoint that is written again, by the process that has exported it before."""
+    model = shutil.copytree(small_model, tmp_path / "model")
+    weights = model / "text_encoder" / "model.safetensors"
+    tensors, seen = load_file(weights), set()
+    for remark in ("short", "long" * 100):
+        save_file(tensors, weights, {"format": "pt", "remark": remark})
+        found = graphs(find(model, {}), torch.float32, graph_ops())
+        graph = next(it for it in found if it.name == "clip")
+        name, parameter = next(iter(graph.module.named_parameters()))
+        value = ir.Value(None, name=name, shape=ir.Shape(parameter.shape))
+        value.type = ir.TensorType(ir.DataType.FLOAT)
+        traced = ir.Graph([], [], nodes=[], initializers=[value])
+        attach_weights(traced, graph, "cpu", {weights: PurePosixPath("model.safetensors")})
+        stored = traced.initializers[name].const_value
+        assert isinstance(stored, ir.ExternalTensor)
+        assert stored.offset in data_offsets(weights).values()
+        seen.add(stored.offset)
+    assert len(seen) == 2
