@@ -71,7 +71,7 @@ def native_peer(native_hub: Path) -> Any:
 @pytest.fixture(scope="module")
 def pipe(small_model: Path) -> Iterator[KontextPipeline]:
     """Ours on ``small_model``, for one file, with its memos."""
-    with KontextPipeline.from_pretrained(small_model) as loaded:
+    with KontextPipeline.from_pretrained(small_model, device="cpu") as loaded:
         yield loaded
 
 
@@ -132,7 +132,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def edit(scene: Path, small_model: Path, tmp_path: Path) -> list[object]:
     """A whole command that writes ``out.png``; options that follow win."""
     return ["edit", scene, "-p", "make it red", "-o", tmp_path / "out.png",
-            "--model", small_model, "--steps", 2, "--seed", 7]  # fmt: skip
+            "--model", small_model, "--device", "cpu", "--steps", 2, "--seed", 7]  # fmt: skip
 
 
 def load_peer(folder: Path, **options: Any) -> Any:

@@ -34,12 +34,12 @@ def test_a_hub_id_in_the_cache(
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     repo = "black-forest-labs/FLUX.1-Kontext-dev"
-    with KontextPipeline.from_pretrained(repo) as pipe:
+    with KontextPipeline.from_pretrained(repo, device="cpu") as pipe:
         assert pipe.name == repo
         assert pipe(prompt="", num_inference_steps=1, seed=0).settings[0]["model"] == repo
     monkeypatch.delenv("HF_HOME")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
-    KontextPipeline.from_pretrained(repo).close()
+    KontextPipeline.from_pretrained(repo, device="cpu").close()
 
 
 @pytest.mark.parametrize("broken", ["nothing", "empty", "no ref", "ref to nothing"])

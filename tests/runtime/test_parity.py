@@ -258,7 +258,9 @@ def test_synthetic_checkpoint(tmp_path: Path) -> None:
     """The checkpoint that the benchmarks write is one that diffusers reads and runs alike."""
     write_checkpoint(tmp_path / "synthetic", seed=3)
     call = EDIT | {"image": picture(96, 80), "negative_prompt": "red", "true_cfg_scale": 2.0}
-    with KontextPipeline.from_pretrained(tmp_path / "synthetic", precision="fp32") as ours:
+    with KontextPipeline.from_pretrained(
+        tmp_path / "synthetic", precision="fp32", device="cpu"
+    ) as ours:
         assert_equal(
             run_ours(ours, **call, **WIDE),
             run_peer(load_peer(tmp_path / "synthetic"), **call, **WIDE),

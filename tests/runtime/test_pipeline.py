@@ -66,11 +66,11 @@ def test_a_picture_that_changes_in_place_is_another(pipe: KontextPipeline) -> No
 
 
 def test_memos_are_bounded_and_may_be_off(small_model: Path, usual: Any) -> None:
-    with KontextPipeline.from_pretrained(small_model, memo_entries=2) as pipe:
+    with KontextPipeline.from_pretrained(small_model, device="cpu", memo_entries=2) as pipe:
         for i in range(5):
             pipe(**EDIT | {"prompt": str(i), "image": photo(i), "num_inference_steps": 1})
         assert len(pipe.encoder.texts._values) == len(pipe.encoder.images._values) == 2
-    with KontextPipeline.from_pretrained(small_model, memo_entries=0) as pipe:
+    with KontextPipeline.from_pretrained(small_model, device="cpu", memo_entries=0) as pipe:
         for _ in range(2):
             np.testing.assert_array_equal(pipe(**EDIT).images, usual)
         assert counts(pipe) == (0, 2, 0, 2)
@@ -164,7 +164,7 @@ import resource, sys
 from pathlib import Path
 import numpy as np
 from fluxkontext.runtime import KontextPipeline, OutOfMemoryError
-pipe = KontextPipeline.from_pretrained(sys.argv[1])
+pipe = KontextPipeline.from_pretrained(sys.argv[1], device="cpu")
 small = dict(prompt="a", num_inference_steps=2, seed=1, output_type="latent", image=None)
 before = pipe(**small).images
 pictures = [np.zeros((side, side, 3), np.uint8) for side in (64, 1536)]
@@ -315,7 +315,7 @@ def test_what_is_not_a_number_is_reported(
     state = load_file(file)
     state["proj_out.bias"][3] = torch.nan
     save_file(state, file)
-    with KontextPipeline.from_pretrained(model) as pipe:
+    with KontextPipeline.from_pretrained(model, device="cpu") as pipe:
         for _ in range(2):
             with pytest.raises(KontextError, match="expected finite latents, found NaN"):
                 pipe(**EDIT | {"output_type": output_type})
@@ -323,7 +323,7 @@ def test_what_is_not_a_number_is_reported(
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_every_precision_runs_and_is_near(small_model: Path, usual: Any, precision: str) -> None:
-    with KontextPipeline.from_pretrained(small_model, precision=precision) as pipe:
+    with KontextPipeline.from_pretrained(small_model, precision=precision, device="cpu") as pipe:
         assert pipe.about["precision"] == precision
         found = pipe(**EDIT).images
         (picture,) = pipe(**EDIT | {"output_type": "pil"}).images

@@ -170,7 +170,7 @@ def test_calls_are_served_in_the_order_of_arrival(pipe: KontextPipeline) -> None
 
 def test_a_full_queue_refuses(small_model: Path, usual: Any) -> None:
     for limit in (0, 2):
-        with KontextPipeline.from_pretrained(small_model, max_queue=limit) as pipe:
+        with KontextPipeline.from_pretrained(small_model, device="cpu", max_queue=limit) as pipe:
             with Held(pipe):
                 calls = []
                 for i in range(limit):
@@ -184,7 +184,7 @@ def test_a_full_queue_refuses(small_model: Path, usual: Any) -> None:
 
 
 def test_closing_lets_one_finish_and_refuses_the_rest(small_model: Path, usual: Any) -> None:
-    pipe = KontextPipeline.from_pretrained(small_model)
+    pipe = KontextPipeline.from_pretrained(small_model, device="cpu")
     with Held(pipe) as held:
         calls = [Call(pipe, **EDIT) for _ in range(3)]
         until(lambda: waiting(pipe) == 4)
@@ -207,7 +207,7 @@ def test_closing_lets_one_finish_and_refuses_the_rest(small_model: Path, usual: 
 def test_leaving_the_block_closes(small_model: Path) -> None:
     with (
         pytest.raises(ValueError, match="inside"),
-        KontextPipeline.from_pretrained(small_model) as pipe,
+        KontextPipeline.from_pretrained(small_model, device="cpu") as pipe,
     ):
         raise ValueError("inside")
     with pytest.raises(ClosedError):
