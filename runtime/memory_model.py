@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from .config import T5Config, TransformerConfig, VaeConfig
 from .geometry import Size
 from .tensor_shapes import ModelShapes
-from .weight_model import element_bytes, vae_element_bytes
+from .weight_model import computes_in, element_bytes, vae_element_bytes
 
 _STEPS = 32
 """Buffers of modulation hold a multiple of so many steps (:mod:`.executor`)."""
@@ -70,15 +70,15 @@ def activations(
     work: Workload,
     precision: str,
     tile: int = 0,
-    element: int | None = None,
+    plain: str = "bf16",
 ) -> Activations:
     """Activations of an edit.
 
-    tile: side in pixels of the VAE's tiles, 0 for its own rule. element: bytes of a number, None
-    is what ``precision`` computes in on a GPU.
+    tile: side in pixels of the VAE's tiles, 0 for its own rule. plain: as
+    :func:`.weight_model.computes_in` has it.
     """
-    c, e = shapes.transformer, element or element_bytes(precision)
-    vae_e = vae_element_bytes(shapes.vae, precision, e)
+    c, compute = shapes.transformer, computes_in(precision, plain)
+    e, vae_e = element_bytes(compute), vae_element_bytes(shapes.vae, compute)
     counts = _Tokens.of(shapes.vae, work)
     state = _state(c, work, counts, e, work.steps)
     rows = _rows(c, work, e, work.steps)

@@ -134,10 +134,10 @@ class Planner:
         precision: str,
         overhead: Overhead = CUDA,
         graphs: bool = True,
-        element: int | None = None,
+        plain: str = "bf16",
     ) -> None:
-        """graphs: whether steps run as CUDA graphs where there is room. element: bytes of a number
-        that is not quantised, None for what ``precision`` has on a GPU."""
+        """graphs: whether steps run as CUDA graphs where there is room. plain: what the device
+        computes in where ``precision`` quantises: ``fp32`` on a CPU, ``fp16`` before Ampere."""
         if precision not in PRECISIONS:
             raise InvalidInputError(
                 f"precision: expected one of {', '.join(PRECISIONS)}, found {precision}"
@@ -146,11 +146,11 @@ class Planner:
         self.precision = precision
         self.overhead = overhead
         self.graphs = graphs
-        self.element = element
+        self.plain = plain
 
     @cached_property
     def weights(self) -> Weights:
-        return weigh(self.shapes, self.precision, self.element)
+        return weigh(self.shapes, self.precision, self.plain)
 
     @property
     def blocks(self) -> list[str]:
@@ -214,7 +214,7 @@ class Planner:
     def _what_fits(self, work: Workload, budget: int) -> str:
         ways = []
         for precision in PRECISIONS[PRECISIONS.index(self.precision) + 1 :]:
-            other = Planner(self.shapes, precision, self.overhead, self.graphs, self.element)
+            other = Planner(self.shapes, precision, self.overhead, self.graphs, self.plain)
             if other.weights.total < self.weights.total and other.least(work).peak <= budget:
                 ways.append(precision)
                 break
@@ -236,7 +236,7 @@ class Planner:
         return None
 
     def _activations(self, work: Workload, tile: int) -> Activations:
-        return activations(self.shapes, work, self.precision, tile, self.element)
+        return activations(self.shapes, work, self.precision, tile, self.plain)
 
     def _evaluated(
         self, placement: Placement, acts: Activations, work: Workload, budget: int | None

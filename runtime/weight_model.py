@@ -58,35 +58,40 @@ def aligned(size: int) -> int:
 
 
 def stored_bytes(
-    component: str, name: str, shape: tuple[int, ...], precision: str, element: int = 2
+    component: str, name: str, shape: tuple[int, ...], precision: str, plain: str = "bf16"
 ) -> int:
     """Bytes of one tensor as it lies on the device, its scales included.
 
-    ``fp8`` and ``nvfp4`` are as :mod:`.recipes` has them; what takes no part has
-    ``element`` bytes a number. In
-    ``fp16`` T5's ``wo`` stays float32 (:mod:`.models.t5`); for the VAE see
+    ``fp8`` and ``nvfp4`` are as :mod:`.recipes` has them; what takes no part is in ``plain``.
+    In ``fp16`` T5's ``wo`` stays float32 (:mod:`.models.t5`); for the VAE see
     :func:`vae_element_bytes`.
     """
     numbers = math.prod(shape)
-    if precision == "fp16" and name.endswith(".wo.weight"):
-        return 4 * numbers
     module, _, kind = name.rpartition(".")
     recipe = DEFAULT.get(precision)
     if recipe is None or kind != "weight" or not takes_part(component, module, shape[-1]):
-        return element * numbers
+        compute = computes_in(precision, plain)
+        wide = compute == "fp16" and name.endswith(".wo.weight")
+        return numbers * (4 if wide else element_bytes(compute))
     if weight_format(component, recipe) == "nvfp4":
         return numbers // 2 + numbers // _FP4_BLOCK + 4
     return numbers + 4 * shape[0]
 
 
-def element_bytes(precision: str) -> int:
-    """Bytes of an activation, and of a weight that is not quantised, on a GPU."""
-    return 4 if precision == "fp32" else 2
+def computes_in(precision: str, plain: str) -> str:
+    """What an activation is in, and a weight that is not quantised: ``precision`` itself, but
+    ``plain`` where that is of quantised weights."""
+    return plain if precision in DEFAULT else precision
 
 
-def vae_element_bytes(config: VaeConfig, precision: str, element: int) -> int:
+def element_bytes(compute: str) -> int:
+    """Bytes of a number in ``fp32``, ``bf16`` or ``fp16``."""
+    return 4 if compute == "fp32" else 2
+
+
+def vae_element_bytes(config: VaeConfig, compute: str) -> int:
     """Bytes of a number in the VAE, which fp16 overflows in published checkpoints."""
-    return 4 if precision == "fp16" and config.force_upcast else element
+    return 4 if compute == "fp16" and config.force_upcast else element_bytes(compute)
 
 
 @dataclass(frozen=True)
@@ -101,9 +106,8 @@ class Weights:
         return self.fixed + sum(sum(units.values()) for units in self.groups.values())
 
 
-def weigh(shapes: ModelShapes, precision: str, element: int | None = None) -> Weights:
-    """Weights of a whole model in ``precision``. element: None is :func:`element_bytes`."""
-    plain = element or element_bytes(precision)
+def weigh(shapes: ModelShapes, precision: str, plain: str = "bf16") -> Weights:
+    """Weights of a whole model in ``precision``. plain: as :func:`computes_in` has it."""
     groups: dict[str, dict[str, int]] = {
         group: {} for kinds in GROUPS.values() for group, _ in kinds
     }
@@ -125,20 +129,19 @@ def _bytes(
     name: str,
     shape: tuple[int, ...],
     precision: str,
-    element: int,
+    plain: str,
 ) -> int:
     if component == "vae":
-        return math.prod(shape) * vae_element_bytes(shapes.vae, precision, element)
-    return stored_bytes(component, name, shape, precision, element)
+        return math.prod(shape) * vae_element_bytes(shapes.vae, computes_in(precision, plain))
+    return stored_bytes(component, name, shape, precision, plain)
 
 
 def component_bytes(shapes: ModelShapes, precision: str) -> dict[str, int]:
-    """Bytes of the weights of each component."""
+    """Bytes of the weights of each component, on a GPU that computes in bf16."""
     every: Mapping[str, Shapes] = shapes.tensors()
-    plain = element_bytes(precision)
     return {
         component: sum(
-            _bytes(shapes, component, n, s, precision, plain) for n, s in tensors.items()
+            _bytes(shapes, component, n, s, precision, "bf16") for n, s in tensors.items()
         )
         for component, tensors in every.items()
     }

@@ -13,6 +13,7 @@ from ...kernels import proven
 from ..backend import Batch, Embeddings, Floats, TokenIds
 from ..budget import Budget
 from ..checkpoint import Checkpoint, Component
+from ..contract import Profile
 from ..device_memory import memory_errors
 from ..errors import BackendUnavailableError, KontextError
 from ..executor import MAX_GRAPHS, Branch, Edit, Executor, Run
@@ -27,7 +28,7 @@ from ..models.vae import Vae, pack, scale, unpack, unscale
 from ..placement import Placed
 from ..plan import Planner, gib
 from ..tensor_shapes import ModelShapes
-from .precision import choose_precision
+from .precision import choose_precision, plain
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -67,6 +68,7 @@ class NativeBackend:
 
     name = "native"
     max_batch: int | None = None
+    profiles: Mapping[str, Profile] = {}
     graphs = True
     """Whether steps may be recorded, where the device can and there is room; recorded ones run no
     Python."""
@@ -247,8 +249,8 @@ class NativeBackend:
     def _plan(self, shapes: ModelShapes, limit: int, text_tokens: int) -> Budget:
         """Within ``limit``, for an edit of the model's native size."""
         is_gpu = self._device.type == "cuda"
-        overhead, element = CUDA if is_gpu else CPU, self._dtype.itemsize
-        planner = Planner(shapes, self.precision, overhead, is_gpu, element)
+        overhead = CUDA if is_gpu else CPU
+        planner = Planner(shapes, self.precision, overhead, is_gpu, plain(self._device))
         native = (shapes.vae.sample_size,) * 2
         return Budget(limit, planner, Workload(native, (native,), text_tokens=text_tokens))
 

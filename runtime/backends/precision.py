@@ -51,22 +51,22 @@ def choose_precision(precision: str, checkpoint: Checkpoint, device: torch.devic
             f"precision: expected auto or one of {', '.join(PRECISIONS)} for the native backend, "
             f"found {precision}"
         )
-    plain = _plain(device)
+    compute = plain(device)
     stored = stored_recipe(checkpoint.transformer)
     if precision == "auto":
         if stored is None:
-            return Precision(plain, DTYPES[plain])
+            return Precision(compute, DTYPES[compute])
         name = weight_format("transformer", stored) if stored in RECIPES else "fp8"
-        return Precision(name, DTYPES[plain], stored)
+        return Precision(name, DTYPES[compute], stored)
     if stored is None:
         recipe = DEFAULT[precision]
-        return Precision(precision, DTYPES[plain], recipe, recipe)
+        return Precision(precision, DTYPES[compute], recipe, recipe)
     if not stored.startswith(precision):
         raise BackendUnavailableError(
             f"precision: expected auto, or a transformer that is stored plain or in {precision}, "
             f"found {precision} and one in {stored}"
         )
-    return Precision(precision, DTYPES[plain], stored, DEFAULT[precision])
+    return Precision(precision, DTYPES[compute], stored, DEFAULT[precision])
 
 
 def stored_recipe(transformer: Component[Any]) -> str | None:
@@ -86,7 +86,8 @@ def stored_recipe(transformer: Component[Any]) -> str | None:
     return "fp8-w8a16" if any(weights.comfy.values()) else "fp8-dynamic"
 
 
-def _plain(device: torch.device) -> str:
+def plain(device: torch.device) -> str:
+    """What a device computes in where nothing is asked for, and beside quantised weights."""
     if device.type == "cpu":
         return "fp32"
     nvidia = device.type == "cuda" and torch.version.hip is None

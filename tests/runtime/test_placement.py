@@ -120,6 +120,24 @@ def test_quantised_and_narrow_weights_stream_as_they_are(tiny: Path, precision: 
         assert away > 0.85 * total
 
 
+@pytest.mark.parametrize("precision", ["fp8", "nvfp4"])
+def test_the_vae_beside_fp16_is_planned_as_it_loads(
+    tiny: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU before Ampere: quantised layers beside fp16, and a VAE that wants fp32."""
+    from fluxkontext.runtime.backends import native as backend
+    from fluxkontext.runtime.backends import precision as chosen
+
+    for module in (backend, chosen):
+        monkeypatch.setattr(module, "plain", lambda _: "fp16")
+    with within(tiny, "1GiB", precision) as pipe:
+        assert native(pipe)._dtype == torch.float16
+        assert native(pipe)._vae_dtype == torch.float32
+        total, _ = weights_at_rest(native(pipe))
+        assert pipe.budget is not None
+        assert total <= pipe.budget.plan.stages[0].weights <= 1.002 * total
+
+
 def everything_streamed(tiny: Path, precision: str = "fp32") -> KontextPipeline:
     """A pipeline whose weights are all on the host, and whose limit is no matter."""
     pipe = within(tiny, "1GiB", precision)
