@@ -29,7 +29,7 @@ from ..kernels.linear_w4a16 import launch_linear_w4a16
 from ..kernels.modulate import launch_modulate
 from ..kernels.norm_rope import launch_norm_rope
 from ..kernels.nvfp4 import NvFp4
-from ..kernels.quantize import FP8, launch_quantize_rows, launch_quantize_tensor
+from ..kernels.quantize import FP8, launch_quantize_rows, launch_quantize_tensor, storable
 
 BF16, FP32 = torch.bfloat16, torch.float32
 FLOATS = {"bf16": BF16, "fp32": FP32}
@@ -89,12 +89,12 @@ def _modulate(chip: Chip) -> Cases:
             f"modulate {name} residual",
             launch_modulate(out, x, shift, scale, TEXT_TOKENS, residual=residual),
         )
-        if chip.fp8:
-            out8, row_scale = empty(1, TOKENS, WIDTH, dtype=FP8), empty(1, TOKENS, 1, dtype=FP32)
-            yield (
-                f"modulate {name} residual quantize",
-                launch_modulate(out8, x, shift, scale, TEXT_TOKENS, row_scale, residual),
-            )
+        out8, row_scale = empty(1, TOKENS, WIDTH, dtype=FP8), empty(1, TOKENS, 1, dtype=FP32)
+        out8 = storable(out8, chip)
+        yield (
+            f"modulate {name} residual quantize",
+            launch_modulate(out8, x, shift, scale, TEXT_TOKENS, row_scale, residual),
+        )
 
 
 def _feed_forward(chip: Chip) -> Cases:
@@ -102,14 +102,13 @@ def _feed_forward(chip: Chip) -> Cases:
         x = empty(TOKENS, 3 * WIDTH + MLP, dtype=dtype)[:, 3 * WIDTH :]
         out = empty(TOKENS, WIDTH + MLP, dtype=dtype)[:, WIDTH:]
         yield f"gelu {name}", launch_gelu(out, x)
-        if chip.fp8:
-            out8, row_scale = out.to(FP8), empty(TOKENS, 1, dtype=FP32)
-            yield f"gelu {name} rows", launch_gelu(out8, x, row_scale)
-            beside8 = empty(TOKENS, WIDTH + MLP, dtype=FP8)
-            left = empty(TOKENS, WIDTH, dtype=dtype)
-            yield f"gelu {name} beside rows", launch_gelu_beside_rows(beside8, row_scale, left, x)
-            yield f"quantize_rows {name}", launch_quantize_rows(out8, row_scale, out)
-            yield f"quantize_tensor {name}", launch_quantize_tensor(out8, out, empty(1, dtype=FP32))
+        out8, row_scale = storable(out.to(FP8), chip), empty(TOKENS, 1, dtype=FP32)
+        yield f"gelu {name} rows", launch_gelu(out8, x, row_scale)
+        beside8 = storable(empty(TOKENS, WIDTH + MLP, dtype=FP8), chip)
+        left = empty(TOKENS, WIDTH, dtype=dtype)
+        yield f"gelu {name} beside rows", launch_gelu_beside_rows(beside8, row_scale, left, x)
+        yield f"quantize_rows {name}", launch_quantize_rows(out8, row_scale, out)
+        yield f"quantize_tensor {name}", launch_quantize_tensor(out8, out, empty(1, dtype=FP32))
 
 
 def _attention(chip: Chip) -> Cases:

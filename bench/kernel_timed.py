@@ -44,6 +44,7 @@ from ..kernels.quantize import (
     launch_quantize_tensor,
     quantize_rows_ref,
     quantize_tensor_ref,
+    storable,
 )
 from .kernel_cases import HEAD_DIMS, HEADS, MLP, TEXT_TOKENS, TOKENS, WIDTH
 
@@ -135,10 +136,8 @@ def _elementwise(chip: Chip) -> Iterator[Timed]:
         "gelu", size(up, wide), 0, "bf16",
         {"triton": launch_gelu(wide, up), "reference": lambda: gelu_ref(up)},
     )  # fmt: skip
-    if not chip.fp8:
-        return
-    out8, row_scale = out.to(FP8), torch.empty(1, TOKENS, 1)
-    wide8, one = wide.to(FP8), torch.ones(())
+    out8, wide8 = (storable(it.to(FP8), chip) for it in (out, wide))
+    row_scale, one = torch.empty(1, TOKENS, 1), torch.ones(())
     yield Timed(
         "modulate residual quantize", size(x, y, out8, total), 0, "bf16",
         {
@@ -155,7 +154,8 @@ def _elementwise(chip: Chip) -> Iterator[Timed]:
             "reference": lambda: quantize_rows_ref(gelu_ref(up)),
         },
     )  # fmt: skip
-    left, beside8 = randn(TOKENS, WIDTH), torch.empty(TOKENS, WIDTH + MLP).to(FP8)
+    left = randn(TOKENS, WIDTH)
+    beside8 = storable(torch.empty(TOKENS, WIDTH + MLP).to(FP8), chip)
     yield Timed(
         "gelu beside quantize", size(left, up, beside8), 0, "bf16",
         {

@@ -201,9 +201,9 @@ def _triton(
 
 CANDIDATES: Mapping[str, tuple[Candidate, ...]] = {
     "modulate": _triton(modulate, _on_gpu, modulate_ref),
-    "modulate_rows": _triton(modulate_rows, _fp8, modulate_rows_ref),
+    "modulate_rows": _triton(modulate_rows, _on_gpu, modulate_rows_ref),
     "residual_modulate": _triton(residual_modulate, _on_gpu, residual_modulate_ref),
-    "residual_modulate_rows": _triton(residual_modulate_rows, _fp8, residual_modulate_rows_ref),
+    "residual_modulate_rows": _triton(residual_modulate_rows, _on_gpu, residual_modulate_rows_ref),
     "norm_rope": (
         Candidate("triton", norm_rope, _norm_rope),
         Candidate(
@@ -228,16 +228,16 @@ CANDIDATES: Mapping[str, tuple[Candidate, ...]] = {
         Candidate("sigmoid", gelu_sigmoid, _on_cpu(torch.float32)),
         Candidate("torch", gelu_ref, _anywhere),
     ),
-    "gelu_rows": _triton(gelu_rows, _fp8, gelu_rows_ref),
+    "gelu_rows": _triton(gelu_rows, _on_gpu, gelu_rows_ref),
     "gelu_beside": (
         Candidate("triton", gelu_beside, _on_gpu),
         Candidate("sigmoid", gelu_beside_sigmoid, _on_cpu(torch.float32)),
         Candidate("torch", gelu_beside_ref, _anywhere),
     ),
-    "gelu_beside_rows": _triton(gelu_beside_rows, _fp8, gelu_beside_rows_ref),
+    "gelu_beside_rows": _triton(gelu_beside_rows, _on_gpu, gelu_beside_rows_ref),
     "group_norm_silu": _triton(group_norm_silu, _group_norm, group_norm_silu_ref),
-    "quantize_rows": _triton(quantize_rows, _fp8, quantize_rows_ref),
-    "quantize_tensor": _triton(quantize_tensor, _fp8, quantize_tensor_ref),
+    "quantize_rows": _triton(quantize_rows, _on_gpu, quantize_rows_ref),
+    "quantize_tensor": _triton(quantize_tensor, _on_gpu, quantize_tensor_ref),
     "linear_fp8": (
         Candidate("triton", linear_fp8, _linear_fp8),
         Candidate("scaled_mm", linear_fp8_scaled_mm, _scaled_mm),

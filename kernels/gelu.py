@@ -12,8 +12,18 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from .chips import chip_of
 from .launch import Launch
-from .quantize import FP8_MAX, TINY, Rows, empty_rows, quantize_rows_ref, quantized
+from .quantize import (
+    FP8_MAX,
+    TINY,
+    Rows,
+    e4m3,
+    empty_rows,
+    quantize_rows_ref,
+    quantized,
+    storable,
+)
 
 SQRT_8_OVER_PI = 1.5957691216057308
 CUBIC = 0.044715
@@ -95,7 +105,7 @@ def _gelu_kernel(
     x = tl.load(x_ptr + row * x_row + n, n < N, 0.0)
     y = activated(x.to(tl.float32))
     if row_scale_ptr is not None:
-        y, row_scale = quantized(y)
+        y, row_scale = quantized(y, out_ptr.dtype.element_ty)
         tl.store(row_scale_ptr + row, row_scale)
     tl.store(out_ptr + row * out_row + n, y.to(out_ptr.dtype.element_ty), n < N)
 
@@ -103,7 +113,7 @@ def _gelu_kernel(
 def launch_gelu(out: Tensor, x: Tensor, row_scale: Tensor | None = None) -> Launch:
     """Write GELU of ``x [M, N]`` into ``out [M, N]``; rows of both may be strided.
 
-    row_scale: ``[M, 1]`` float32 to be written; with it, ``out`` is E4M3.
+    row_scale: ``[M, 1]`` float32 to be written; with it, ``out`` is :func:`~.quantize.storable`.
     """
     rows, width = x.shape
     assert out.shape == x.shape, (out.shape, x.shape)
@@ -131,14 +141,14 @@ def _gelu_beside_rows_kernel(
     largest = tl.maximum(largest, _TINY)
     factor = _FP8_MAX / largest
     out_ptr += row * (D + N)
-    tl.store(out_ptr + d, (left * factor).to(tl.float8e4nv), d < D)
-    tl.store(out_ptr + D + n, (y * factor).to(tl.float8e4nv), n < N)
+    tl.store(out_ptr + d, e4m3(left * factor, out_ptr.dtype.element_ty), d < D)
+    tl.store(out_ptr + D + n, e4m3(y * factor, out_ptr.dtype.element_ty), n < N)
     tl.store(row_scale_ptr + row, largest / _FP8_MAX)
 
 
 def launch_gelu_beside_rows(out: Tensor, row_scale: Tensor, left: Tensor, x: Tensor) -> Launch:
-    """Write ``left [M, D]`` and GELU of ``x [M, N]``, quantised together, into ``out [M, D + N]``
-    E4M3 and ``row_scale [M, 1]``; rows of left and x may be strided."""
+    """Write ``left [M, D]`` and GELU of ``x [M, N]``, quantised together, into ``out [M, D + N]``,
+    :func:`~.quantize.storable`, and ``row_scale [M, 1]``; rows of left and x may be strided."""
     (rows, width), columns = x.shape, left.shape[1]
     assert left.shape[0] == rows, (left.shape, x.shape)
     assert out.shape == (rows, columns + width), out.shape
@@ -195,7 +205,8 @@ def gelu_beside(left: Tensor, x: Tensor) -> Tensor:
 @torch.library.custom_op("fluxkontext::gelu_rows", mutates_args=())
 def _gelu_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     out, row_scale = empty_rows(x, x.shape[-1])
-    launch_gelu(out.flatten(0, -2), x.flatten(0, -2), row_scale.view(-1, 1))()
+    values = storable(out.flatten(0, -2), chip_of(x.device))
+    launch_gelu(values, x.flatten(0, -2), row_scale.view(-1, 1))()
     return out, row_scale
 
 
@@ -212,7 +223,8 @@ def gelu_rows(x: Tensor) -> Rows:
 @torch.library.custom_op("fluxkontext::gelu_beside_rows", mutates_args=())
 def _gelu_beside_rows(left: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     out, row_scale = empty_rows(x, left.shape[-1] + x.shape[-1])
-    parts = (t.flatten(0, -2) for t in (out, row_scale, left, x))
+    values = storable(out, chip_of(x.device))
+    parts = (t.flatten(0, -2) for t in (values, row_scale, left, x))
     launch_gelu_beside_rows(*parts)()
     return out, row_scale
 

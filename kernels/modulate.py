@@ -12,9 +12,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from .chips import chip_of
 from .gate_residual import gate_residual_ref, stored
 from .launch import Launch
-from .quantize import Rows, empty_rows, quantize_rows_ref, quantized
+from .quantize import Rows, empty_rows, quantize_rows_ref, quantized, storable
 
 EPS = 1e-6
 """LayerNorm epsilon of FLUX (BFL ``layers.py``, diffusers ``AdaLayerNormZero``)."""
@@ -98,7 +99,7 @@ def _modulate_kernel(
         variance = tl.sum(centred * centred, axis=0) / D
         out = centred * tl.rsqrt(variance + _EPS) * scale + shift
         if QUANTIZE:
-            out, row_scale = quantized(out)
+            out, row_scale = quantized(out, out_ptr.dtype.element_ty)
             tl.store(row_scale_ptr + batch * tokens + token, row_scale)
         else:
             out = out.to(out_ptr.dtype.element_ty)
@@ -117,8 +118,9 @@ def launch_modulate(
     """Write ``x [B, S, D]``, modulated, into ``out``.
 
     shift, scale, and the gate: ``[streams, B, D]`` of (image, text), of one where ``text_tokens``
-    is 0; alike in strides. row_scale: ``[B, S, 1]`` float32; with it, ``out`` is E4M3. residual:
-    (sum, gate, y); ``x + gate * y`` is what is modulated, and is written into sum, which may be x.
+    is 0; alike in strides. row_scale: ``[B, S, 1]`` float32; with it, ``out`` is
+    :func:`~.quantize.storable`. residual: (sum, gate, y); ``x + gate * y`` is what is modulated,
+    and is written into sum, which may be x.
     """
     batch, tokens, width = x.shape
     total, gate, y = residual or (None, None, None)
@@ -193,7 +195,7 @@ def residual_modulate(
 def _modulate_rows(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     out, row_scale = empty_rows(x, x.shape[-1])
     shift, scale = _streams(x, shift, scale)
-    launch_modulate(out, x, shift, scale, row_scale=row_scale)()
+    launch_modulate(storable(out, chip_of(x.device)), x, shift, scale, row_scale=row_scale)()
     return out, row_scale
 
 
@@ -209,7 +211,8 @@ def _residual_modulate_rows(
     total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     out, row_scale = empty_rows(x, x.shape[-1])
     gate, shift, scale = _streams(x, gate, shift, scale)
-    launch_modulate(out, x, shift, scale, row_scale=row_scale, residual=(total, gate, y))()
+    values = storable(out, chip_of(x.device))
+    launch_modulate(values, x, shift, scale, row_scale=row_scale, residual=(total, gate, y))()
     return total, out, row_scale
 
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .chips import Chip, chip_of
 from .launch import Launch
 
 FP8 = torch.float8_e4m3fn
@@ -64,13 +65,6 @@ def config(width: int) -> Config:
 
 
 @triton.jit
-def quantized(x):
-    """A row ``x`` float32, zero beyond its end, as E4M3, and its scale."""
-    largest = tl.maximum(tl.max(tl.abs(x), axis=0), _TINY)
-    return (x * (_FP8_MAX / largest)).to(tl.float8e4nv), largest / _FP8_MAX
-
-
-@triton.jit
 def bounded(x, LOW: tl.constexpr, HIGH: tl.constexpr):
     """float32 ``x`` between both. NaN stays, of which a clamp by itself makes a bound."""
     return tl.clamp(x, LOW, HIGH, propagate_nan=tl.PropagateNan.ALL)
@@ -98,6 +92,28 @@ def e4m3_rounded(x):
 
 
 @triton.jit
+def e4m3(x, dtype: tl.constexpr):
+    """float32 ``x``, at most 448, as E4M3; or, where ``dtype`` is uint8, as its bits.
+
+    These are, put in place, those of a float16 number 8 powers of two smaller: the bias of its
+    exponent is 15, not 7, and the upper bit of that is clear.
+    """
+    if dtype == tl.uint8:
+        half = (e4m3_rounded(x) * 2.0**-8).to(tl.float16).to(tl.uint16, bitcast=True)
+        bits = ((half >> 8) & 0x80) | ((half >> 7) & 0x7F)
+        return tl.where(x == x, bits, 0x7F).to(tl.uint8)
+    else:
+        return x.to(tl.float8e4nv)
+
+
+@triton.jit
+def quantized(x, dtype: tl.constexpr):
+    """A row ``x`` float32, zero beyond its end, as :func:`e4m3` gives it, and its scale."""
+    largest = tl.maximum(tl.max(tl.abs(x), axis=0), _TINY)
+    return e4m3(x * (_FP8_MAX / largest), dtype), largest / _FP8_MAX
+
+
+@triton.jit
 def _quantize_rows_kernel(
     x_ptr, out_ptr, scale_ptr, x_row, out_row, K: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -105,7 +121,7 @@ def _quantize_rows_kernel(
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * x_row + k, k < K, 0.0).to(tl.float32)
-    q, scale = quantized(x)
+    q, scale = quantized(x, out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * out_row + k, q, k < K)
     tl.store(scale_ptr + row, scale)
 
@@ -120,18 +136,21 @@ def _quantize_tensor_kernel(
     x = tl.load(x_ptr + row * x_row + k, k < K, 0.0).to(tl.float32)
     x = tl.div_rn(x, tl.load(scale_ptr))
     x = bounded(x, -_FP8_MAX, _FP8_MAX)
-    tl.store(out_ptr + row * out_row + k, e4m3_rounded(x).to(tl.float8e4nv), k < K)
+    q = e4m3(e4m3_rounded(x), out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * out_row + k, q, k < K)
 
 
 def launch_quantize_rows(out: Tensor, scale: Tensor, x: Tensor) -> Launch:
-    """Write ``x [M, K]`` into ``out [M, K]`` E4M3 and ``scale [M, 1]``; rows may be strided."""
+    """Write ``x [M, K]`` into ``out [M, K]``, :func:`storable`, and ``scale [M, 1]``; rows may be
+    strided."""
     assert scale.shape == (len(x), 1), scale.shape
     assert scale.is_contiguous(), scale.stride()
     return _launch(_quantize_rows_kernel, out, scale, x)
 
 
 def launch_quantize_tensor(out: Tensor, x: Tensor, scale: Tensor) -> Launch:
-    """Write ``x [M, K]`` under one ``scale []`` into ``out [M, K]`` E4M3; rows may be strided."""
+    """Write ``x [M, K]`` under one ``scale []`` into ``out [M, K]``, :func:`storable`; rows may be
+    strided."""
     assert scale.numel() == 1, scale.shape
     return _launch(_quantize_tensor_kernel, out, scale, x)
 
@@ -148,6 +167,11 @@ def _launch(kernel: Any, out: Tensor, scale: Tensor, x: Tensor) -> Launch:
     return Launch(kernel, (rows,), args, config(width).warps)
 
 
+def storable(out: Tensor, chip: Chip) -> Tensor:
+    """``out`` E4M3 as kernels write it: as bytes where Triton cannot name the type."""
+    return out if chip.fp8 else out.view(torch.uint8)
+
+
 def empty_rows(like: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Values and scales to write into, for as many rows as ``like [..., K]`` has."""
     return (
@@ -160,7 +184,8 @@ def empty_rows(like: Tensor, width: int) -> tuple[Tensor, Tensor]:
 def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     out, scale = _fake(x)
     rows = x.flatten(0, -2)
-    launch_quantize_rows(out.view(rows.shape), scale.view(-1, 1), rows)()
+    values = storable(out.view(rows.shape), chip_of(x.device))
+    launch_quantize_rows(values, scale.view(-1, 1), rows)()
     return out, scale
 
 
@@ -178,7 +203,7 @@ def quantize_rows(x: Tensor) -> Rows:
 def _quantize_tensor(x: Tensor, scale: Tensor) -> Tensor:
     out = torch.empty(x.shape, dtype=FP8, device=x.device)
     rows = x.flatten(0, -2)
-    launch_quantize_tensor(out.view(rows.shape), rows, scale)()
+    launch_quantize_tensor(storable(out.view(rows.shape), chip_of(x.device)), rows, scale)()
     return out
 
 

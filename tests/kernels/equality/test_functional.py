@@ -58,6 +58,15 @@ def ops(device: torch.device) -> dict[str, tuple[Op, tuple[Any, ...]]]:
             linear_w4a16._linear_w4a16,
             (x, w4.packed, w4.block_scale, w4.scale, bias),
         ),
+        "quantize_rows": (quantize._quantize_rows, (x,)),
+        "quantize_tensor": (quantize._quantize_tensor, (x, torch.tensor(0.01, device=device))),
+        "modulate_rows": (modulate._modulate_rows, (x, vector, vector)),
+        "residual_modulate_rows": (
+            modulate._residual_modulate_rows,
+            (x, vector, x, vector, vector),
+        ),
+        "gelu_rows": (gelu._gelu_rows, (x,)),
+        "gelu_beside_rows": (gelu._gelu_beside_rows, (x[..., :16], x)),
         "round_nvfp4": (linear_w4a4._round_nvfp4, (x, torch.tensor(0.01, device=device))),
         "group_norm_silu": (
             group_norm._group_norm_silu,
@@ -65,14 +74,6 @@ def ops(device: torch.device) -> dict[str, tuple[Op, tuple[Any, ...]]]:
         ),
     }
     if chip_of(device).fp8:
-        found["quantize_rows"] = (quantize._quantize_rows, (x,))
-        one = torch.tensor(0.01, device=device)
-        found["quantize_tensor"] = (quantize._quantize_tensor, (x, one))
-        found["modulate_rows"] = (modulate._modulate_rows, (x, vector, vector))
-        residual = (x, vector, x, vector, vector)
-        found["residual_modulate_rows"] = (modulate._residual_modulate_rows, residual)
-        found["gelu_rows"] = (gelu._gelu_rows, (x,))
-        found["gelu_beside_rows"] = (gelu._gelu_beside_rows, (x[..., :16], x))
         cut = (q[:, 5:], k, v, scales, 0, rope[5:], rope)
         found["attend_fp8"] = (attend._attend_fp8, cut)
         product = ([x8], [x_scale], [w8], [w_scale.squeeze(-1)], [bias])

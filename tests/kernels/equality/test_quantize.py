@@ -4,11 +4,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fluxkontext.kernels.gelu import gelu, gelu_beside, gelu_beside_ref, gelu_ref, launch_gelu
 from fluxkontext.kernels.launch import Launch
 from fluxkontext.kernels.quantize import (
     FP8,
+    e4m3,
     e4m3_rounded,
     launch_quantize_rows,
     quantize_rows,
@@ -37,7 +39,6 @@ def test_gelu(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
     check(gelu_beside(left, x), gelu_beside_ref, left, x)
 
 
-@pytest.mark.usefixtures("_fp8")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_quantize_rows(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
@@ -48,7 +49,6 @@ def test_quantize_rows(shape: tuple[int, ...], dtype: torch.dtype, device: torch
     compare(q.float() * scale, q_ref.float() * scale_ref, x.double())
 
 
-@pytest.mark.usefixtures("_fp8")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_quantize_tensor(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
@@ -61,7 +61,6 @@ def test_quantize_tensor(shape: tuple[int, ...], dtype: torch.dtype, device: tor
     assert torch.equal(one, one_ref)
 
 
-@pytest.mark.usefixtures("_fp8")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_stays(dtype: torch.dtype, device: torch.device) -> None:
     x = torch.randn(1, 3, 32).to(device, dtype)
@@ -76,18 +75,36 @@ def _rounded_kernel(x_ptr, out_ptr, N: tl.constexpr):
     tl.store(out_ptr + at, e4m3_rounded(tl.load(x_ptr + at)))
 
 
-def test_e4m3_is_rounded_to_once(device: torch.device) -> None:
+@pytest.fixture
+def points(device: torch.device) -> Tensor:
     """Every number of E4M3, all that lies halfway between two, and the next float32 to each."""
     codes = torch.arange(127, dtype=torch.uint8).view(FP8).float()
     points = torch.cat((codes, (codes[1:] + codes[:-1]) / 2))
     points = torch.cat((points, *(points.nextafter(torch.tensor(to)) for to in (0.0, 1e3))))
-    x = torch.cat((points, -points, torch.randn(2048 - 1518))).clamp(-448, 448).to(device)
-    out = torch.empty_like(x)
-    Launch(_rounded_kernel, (8,), {"x_ptr": x, "out_ptr": out, "N": 256})()
-    assert torch.equal(out, x.to(FP8).float())
+    return torch.cat((points, -points, torch.randn(2048 - 1518))).clamp(-448, 448).to(device)
 
 
-@pytest.mark.usefixtures("_fp8")
+def test_e4m3_is_rounded_to_once(points: Tensor) -> None:
+    out = torch.empty_like(points)
+    Launch(_rounded_kernel, (8,), {"x_ptr": points, "out_ptr": out, "N": 256})()
+    assert torch.equal(out, points.to(FP8).float())
+
+
+@triton.jit
+def _bits_kernel(x_ptr, out_ptr, N: tl.constexpr):
+    at = tl.program_id(0) * N + tl.arange(0, N)
+    tl.store(out_ptr + at, e4m3(tl.load(x_ptr + at), out_ptr.dtype.element_ty))
+
+
+def test_e4m3_as_bits(points: Tensor) -> None:
+    points[-1] = torch.nan
+    out = torch.empty_like(points, dtype=torch.uint8)
+    Launch(_bits_kernel, (8,), {"x_ptr": points, "out_ptr": out, "N": 256})()
+    expected = points.to(FP8).float()
+    assert torch.equal(out.view(FP8).float()[:-1], expected[:-1])
+    assert out.view(FP8)[-1].isnan()
+
+
 def test_a_row_of_zeros(device: torch.device) -> None:
     q, scale = quantize_rows(torch.zeros(2, 32, device=device))
     assert torch.equal(q.float(), torch.zeros(2, 32, device=device))

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from fluxkontext.kernels import candidates
+from fluxkontext.kernels import candidates, gelu, modulate, quantize
 from fluxkontext.kernels.candidates import CANDIDATES, Situation
+from fluxkontext.kernels.chips import CHIPS
 from fluxkontext.kernels.proof import fault_of
 
 from ..house_rule import DTYPES
@@ -22,6 +23,22 @@ def _interpreted(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where kernels are interpreted, they run on a CPU too."""
     if device.type == "cpu":
         monkeypatch.setattr(candidates, "unsupported", lambda _: None)
+
+
+ROWS = ("modulate_rows", "residual_modulate_rows", "gelu_rows", "gelu_beside_rows")
+
+
+@pytest.mark.usefixtures("_interpreted")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", [*ROWS, "quantize_rows", "quantize_tensor"])
+def test_fp8_as_bytes(
+    op: str, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What GPUs are given that do not have the type."""
+    for module in (gelu, modulate, quantize):
+        monkeypatch.setattr(module, "chip_of", lambda _: CHIPS[86])
+    kernel = CANDIDATES[op][0]
+    assert fault_of(op, kernel, Situation(device, dtype, 64), 192) is None
 
 
 @pytest.mark.usefixtures("_interpreted")
