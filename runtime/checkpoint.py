@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -25,13 +25,17 @@ MINI_FOLDER = Path(__file__).with_name("mini")
 
 @dataclass(frozen=True)
 class Component(Generic[Config]):
-    """One network of the checkpoint: its weights, its shape and the layout of its names."""
+    """One network of the checkpoint: its weights, its shape and the layout of its names.
+
+    assumed: fields of ``config`` that neither a file nor the tensors tell, and are FLUX's own.
+    """
 
     name: str
     weights: WeightIndex
     config: Config
     layout: str
     locate: Locate
+    assumed: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class _Kind:
     """How a component is recognised: a tensor that each layout must have, and known prefixes."""
 
     config: Any  # one of the classes of .config
+    classes: frozenset[str]  # of diffusers or transformers, one of which its config.json names
     markers: Mapping[str, str]  # layout -> a tensor that only this layout has
     prefixes: tuple[str, ...]
     optional: frozenset[str] = (
@@ -63,11 +68,13 @@ class _Kind:
 KINDS: Mapping[str, _Kind] = {
     "transformer": _Kind(
         TransformerConfig,
+        frozenset({"FluxTransformer2DModel"}),
         {"bfl": "img_in.weight", "diffusers": "x_embedder.weight"},
         ("", "model.diffusion_model.", "diffusion_model."),
     ),
     "vae": _Kind(
         VaeConfig,
+        frozenset({"AutoencoderKL"}),
         {
             "bfl": "encoder.down.0.block.0.conv1.weight",
             "diffusers": "encoder.down_blocks.0.resnets.0.conv1.weight",
@@ -76,12 +83,14 @@ KINDS: Mapping[str, _Kind] = {
     ),
     "text_encoder": _Kind(
         ClipConfig,
+        frozenset({"CLIPTextModel", "CLIPTextModelWithProjection"}),
         {"transformers": "embeddings.token_embedding.weight"},
         ("", "text_model.", "text_encoders.clip_l.transformer.text_model."),
         frozenset({"embeddings.position_ids", "text_projection.weight", "logit_scale"}),
     ),
     "text_encoder_2": _Kind(
         T5Config,
+        frozenset({"T5EncoderModel", "T5ForConditionalGeneration"}),
         {"transformers": "shared.weight"},
         ("", "text_encoders.t5xxl.transformer."),
         frozenset({"encoder.embed_tokens.weight"}),
@@ -173,7 +182,7 @@ def _networks_in(file: Path) -> dict[str, Component[Any]]:
 def open_component(part: str, path: Path) -> Component[Any]:
     """Open one network from its folder (``config.json`` and weights) or from a single file."""
     if path.is_dir():
-        config, files = read_json(path / "config.json"), find_files(path)
+        config, files = path / "config.json", find_files(path)
     else:
         config, files = None, [path]
     weights = read_headers(files)
@@ -187,17 +196,18 @@ def open_component(part: str, path: Path) -> Component[Any]:
     return component
 
 
-def recognise(
-    part: str, weights: WeightIndex, config: Mapping[str, Any] | None
-) -> Component[Any] | None:
-    """See whether ``weights`` hold this component, under which prefix and in which layout."""
+def recognise(part: str, weights: WeightIndex, config: Path | None) -> Component[Any] | None:
+    """See whether ``weights`` hold this component, under which prefix and in which layout.
+
+    config: the file of its configuration; None is the one beside its weights, if that is its own.
+    """
     kind = KINDS[part]
     for prefix, (layout, marker) in product(kind.prefixes, kind.markers.items()):
         if prefix + marker in weights.tensors:
             own = _own_tensors(weights, prefix, kind.optional)
             recipe_of(own.metadata, own.tensors[marker].file)  # refuses one that is not known
-            shape = _config_of(part, layout, own, config)
-            return Component(part, own, shape, layout, _locate(layout, shape))
+            shape, assumed = _config_of(part, layout, own, config)
+            return Component(part, own, shape, layout, _locate(layout, shape), assumed)
     return None
 
 
@@ -213,18 +223,19 @@ def _own_tensors(weights: WeightIndex, prefix: str, optional: frozenset[str]) ->
 
 
 def _config_of(
-    part: str, layout: str, weights: WeightIndex, config: Mapping[str, Any] | None
-) -> Any:
-    """From its JSON; else from the tensors; else, for renamed ones, the published shape."""
-    kind = KINDS[part].config
-    if config is None and layout == "diffusers":
-        if not (beside := config_beside(weights)).is_file():
-            return kind()
-        config = read_json(beside)
+    part: str, layout: str, weights: WeightIndex, config: Path | None
+) -> tuple[Any, frozenset[str]]:
+    """From its JSON; else from the tensors; else, for renamed ones, the published shape. And which
+    of its fields are assumed."""
+    kind = KINDS[part]
+    if config is None and (part, layout) != ("transformer", "bfl"):  # whose tensors tell enough
+        config = _config_beside(kind, weights)
     if config is not None:
-        return kind.from_json(config)
+        return kind.config.from_json(read_json(config), str(config)), frozenset()
+    if layout == "diffusers":
+        return kind.config(), frozenset(field.name for field in fields(kind.config))
     try:
-        return kind.from_shapes(weights.shapes)
+        return kind.config.from_shapes(weights.shapes), kind.config.ASSUMED
     except (KeyError, IndexError, ValueError, ZeroDivisionError):
         raise CheckpointError(
             f"{part}: expected all tensors of a FLUX {part}, found only some of them, such as "
@@ -232,9 +243,15 @@ def _config_of(
         ) from None
 
 
-def config_beside(weights: WeightIndex) -> Path:
-    """Where diffusers puts the configuration of a network's weights; it need not be there."""
-    return next(iter(weights.tensors.values())).file.with_name("config.json")
+def _config_beside(kind: _Kind, weights: WeightIndex) -> Path | None:
+    """The configuration that lies beside a network's weights, unless it is of something else."""
+    file = next(iter(weights.tensors.values())).file.with_name("config.json")
+    try:
+        values = read_json(file)
+    except CheckpointError:  # none, or whatever else has that name
+        return None
+    named = [values.get("_class_name"), values.get("architectures")]
+    return file if any(name in str(named) for name in kind.classes) else None
 
 
 def _locate(layout: str, config: object) -> Locate:

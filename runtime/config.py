@@ -1,9 +1,12 @@
-"""Frozen shapes of the four networks, read from a diffusers config or from the tensors."""
+"""Frozen shapes of the four networks, read from a diffusers config or from the tensors.
+
+``ASSUMED`` are what the tensors do not tell: these fields are then FLUX's own.
+"""
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from .arguments import shown
 from .errors import CheckpointError
@@ -32,15 +35,18 @@ class TransformerConfig:
     axes_dim: tuple[int, ...] = (16, 56, 56)
     theta: float = 10_000.0
     guidance_embed: bool = True
+    ASSUMED: ClassVar = frozenset({"axes_dim", "theta"})
 
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "TransformerConfig":
+    def from_json(
+        cls, values: Mapping[str, Any], file: str = "transformer/config.json"
+    ) -> "TransformerConfig":
         """Read ``transformer/config.json`` (``FluxTransformer2DModel``)."""
-        read = Fields("transformer/config.json", values)
+        read = Fields(file, values)
         read.expect("_class_name", "FluxTransformer2DModel")
         read.expect("patch_size", 1)
         in_channels = read.integer("in_channels", 64)
@@ -49,13 +55,12 @@ class TransformerConfig:
         head_dim = read.integer("attention_head_dim", 128)
         if heads * head_dim > 2**20:
             raise CheckpointError(
-                f"transformer/config.json: expected a width of at most {2**20}, found {heads} "
-                f"heads of {head_dim}"
+                f"{file}: expected a width of at most {2**20}, found {heads} heads of {head_dim}"
             )
         axes = tuple(read.integers("axes_dims_rope", [16, 56, 56]))
         if sum(axes) != head_dim or any(dim % 2 for dim in axes) or len(axes) != 3:
             raise CheckpointError(
-                f"transformer/config.json: expected three even axes_dims_rope that sum to "
+                f"{file}: expected three even axes_dims_rope that sum to "
                 f"attention_head_dim {head_dim}, found {list(axes)}"
             )
         return cls(
@@ -107,6 +112,9 @@ class VaeConfig:
     shift_factor: float = 0.1159
     force_upcast: bool = True
     sample_size: int = 1024
+    ASSUMED: ClassVar = frozenset(
+        {"norm_num_groups", "scaling_factor", "shift_factor", "force_upcast", "sample_size"}
+    )
 
     @property
     def downscale(self) -> int:
@@ -114,9 +122,9 @@ class VaeConfig:
         return int(2 ** (len(self.block_out_channels) - 1))
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "VaeConfig":
+    def from_json(cls, values: Mapping[str, Any], file: str = "vae/config.json") -> "VaeConfig":
         """Read ``vae/config.json`` (``AutoencoderKL``)."""
-        read = Fields("vae/config.json", values)
+        read = Fields(file, values)
         read.expect("_class_name", "AutoencoderKL")
         read.expect("in_channels", 3)
         read.expect("out_channels", 3)
@@ -124,14 +132,12 @@ class VaeConfig:
         read.expect("mid_block_add_attention", True)
         for conv in ("use_quant_conv", "use_post_quant_conv"):
             if read.boolean(conv, True):  # diffusers' default
-                raise CheckpointError(
-                    f"vae/config.json: expected {conv} false as in FLUX, found true"
-                )
+                raise CheckpointError(f"{file}: expected {conv} false as in FLUX, found true")
         blocks = tuple(read.integers("block_out_channels", [64]))
         groups = read.integer("norm_num_groups", 32)
         if len(blocks) > _MOST_LEVELS or any(width % groups for width in blocks):
             raise CheckpointError(
-                f"vae/config.json: expected up to {_MOST_LEVELS} block_out_channels, multiples of "
+                f"{file}: expected up to {_MOST_LEVELS} block_out_channels, multiples of "
                 f"norm_num_groups {groups}, found {shown(list(blocks))}"
             )
         for name, block in (("down_block_types", "Down"), ("up_block_types", "Up")):
@@ -174,17 +180,20 @@ class ClipConfig:
     max_position_embeddings: int = 77
     layer_norm_eps: float = 1e-5
     eos_token_id: int = 2
+    ASSUMED: ClassVar = frozenset({"num_attention_heads", "layer_norm_eps", "eos_token_id"})
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "ClipConfig":
+    def from_json(
+        cls, values: Mapping[str, Any], file: str = "text_encoder/config.json"
+    ) -> "ClipConfig":
         """Read ``text_encoder/config.json`` (``CLIPTextModel``)."""
-        read = Fields("text_encoder/config.json", values)
+        read = Fields(file, values)
         read.expect("hidden_act", "quick_gelu")
         hidden = read.integer("hidden_size", 512)
         heads = read.integer("num_attention_heads", 8)
         if hidden % heads:
             raise CheckpointError(
-                f"text_encoder/config.json: expected hidden_size to be a multiple of "
+                f"{file}: expected hidden_size to be a multiple of "
                 f"num_attention_heads {heads}, found {hidden}"
             )
         return cls(
@@ -225,17 +234,20 @@ class T5Config:
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
+    ASSUMED: ClassVar = frozenset({"relative_attention_max_distance", "layer_norm_epsilon"})
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "T5Config":
+    def from_json(
+        cls, values: Mapping[str, Any], file: str = "text_encoder_2/config.json"
+    ) -> "T5Config":
         """Read ``text_encoder_2/config.json`` (``T5EncoderModel``)."""
-        read = Fields("text_encoder_2/config.json", values)
+        read = Fields(file, values)
         read.expect("feed_forward_proj", "gated-gelu")
         buckets = read.integer("relative_attention_num_buckets", 32, least=4)
         distance = read.integer("relative_attention_max_distance", 128)
         if distance <= buckets // 4:  # the buckets beyond are logarithmic in what is left
             raise CheckpointError(
-                f"text_encoder_2/config.json: expected relative_attention_max_distance above "
+                f"{file}: expected relative_attention_max_distance above "
                 f"{buckets // 4}, found {distance}"
             )
         return cls(

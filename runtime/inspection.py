@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .bundle import MANIFEST, read_manifest
-from .checkpoint import KINDS, TOKENIZERS, Component, config_beside, open_component, recognise
+from .checkpoint import KINDS, TOKENIZERS, Component, open_component, recognise
 from .errors import CheckpointError
 from .images import open_picture, read_settings
 from .weights import WeightIndex, read_headers
@@ -49,7 +49,7 @@ def _bundle(path: Path) -> dict[str, Any]:
     return {
         "kind": "bundle",
         **{key: manifest[key] for key in ("software", "model", "precision", "components")},
-        **({"engines": manifest["engines"]} if manifest.get("engines") else {}),
+        **{key: manifest[key] for key in ("licence", "engines") if manifest.get(key)},
         "files": len(manifest["files"]),
         "bytes": sum(entry["size"] for entry in manifest["files"].values()),
     }
@@ -68,11 +68,12 @@ def _single_file(path: Path) -> dict[str, Any]:
 
 
 def _network(component: Component[Any]) -> dict[str, Any]:
-    """Renamed tensors do not tell a configuration: without its file it is not known."""
-    known = component.layout != "diffusers" or config_beside(component.weights).is_file()
+    """Of its configuration, what its file says or its tensors tell."""
+    config = asdict(component.config)
+    known = {name: config[name] for name in config if name not in component.assumed}
     return {
         "layout": component.layout,
-        **({"config": asdict(component.config)} if known else {}),
+        **({"config": known} if known else {}),
         **_tensors(component.weights),
         "quantised": len(component.weights.scales),
         **({"recipe": component.weights.recipe} if component.weights.recipe else {}),

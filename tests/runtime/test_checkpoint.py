@@ -18,6 +18,7 @@ from fluxkontext.kernels import reference
 from fluxkontext.runtime import CheckpointError, KontextPipeline
 from fluxkontext.runtime.checkpoint import KINDS, PARTS, find, open_component
 from fluxkontext.runtime.config import ClipConfig, T5Config, TransformerConfig, VaeConfig
+from fluxkontext.runtime.inspection import inspect
 from fluxkontext.runtime.loading import build, load
 from fluxkontext.runtime.models.clip import ClipText
 from fluxkontext.runtime.models.t5 import T5Encoder
@@ -90,27 +91,54 @@ def test_a_part_may_lie_elsewhere(model: Path, small_model: Path, part: str) -> 
     shutil.rmtree(model / part)
     for source in (small_model, small_model / part):  # the model that has it, or its own folder
         if part != "transformer":
-            KontextPipeline.from_pretrained(model, **{part: source}).close()
+            KontextPipeline.from_pretrained(model, device="cpu", **{part: source}).close()
 
 
 @pytest.mark.parametrize(
-    ("part", "file"),
+    ("part", "file", "own"),
     [
-        ("vae", "diffusion_pytorch_model.safetensors"),
-        ("tokenizer", "vocab.json"),
-        ("tokenizer_2", "tokenizer.json"),
+        ("vae", "diffusion_pytorch_model.safetensors", {"scaling_factor": 0.5}),
+        ("text_encoder", "model.safetensors", {"eos_token_id": 99}),
+        ("text_encoder_2", "model.safetensors", {"relative_attention_max_distance": 64}),
+        ("tokenizer", "vocab.json", {}),
+        ("tokenizer_2", "tokenizer.json", {}),
     ],
 )
 def test_a_file_may_stand_for_its_folder(
-    small_model: Path, single_file: Path, part: str, file: str
+    model: Path, part: str, file: str, own: dict[str, object]
 ) -> None:
     """A network's weights have their configuration beside them, a tokenizer its other files."""
-    whole: dict[str, Any] = dict.fromkeys(PARTS[1:], small_model)
-    found, wanted = (
-        find(single_file, parts) for parts in (whole | {part: small_model / part / file}, whole)
-    )
+    if own:
+        change(model / part / "config.json", **own)
+    found, wanted = (find(model, parts) for parts in ({part: model / part / file}, {}))
     assert (found.tokenizer, found.tokenizer_2) == (wanted.tokenizer, wanted.tokenizer_2)
-    assert found.vae.config == wanted.vae.config
+    for network in KINDS:
+        assert getattr(found, network).config == getattr(wanted, network).config
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"architectures": 3}', None])
+def test_what_lies_beside_a_file_may_be_of_something_else(model: Path, content: str | None) -> None:
+    """Its settings are then those of FLUX, which inspect does not tell as the file's."""
+    other = (model / "text_encoder_2" / "config.json").read_text()
+    files = {"vae": "diffusion_pytorch_model.safetensors", "text_encoder": "model.safetensors"}
+    parts = {part: model / part / file for part, file in files.items()}
+    for file in parts.values():
+        file.with_name("config.json").write_text(content or other)
+    vae, clip = (open_component(part, file).config for part, file in parts.items())
+    assert vae == VaeConfig()
+    assert clip.eos_token_id == ClipConfig().eos_token_id
+    told = {part: inspect(file)["networks"][part] for part, file in parts.items()}
+    assert "config" not in told["vae"]
+    assert told["text_encoder"]["config"]["hidden_size"] == clip.hidden_size
+    assert "num_attention_heads" not in told["text_encoder"]["config"]
+
+
+def test_a_configuration_is_named_where_it_lies(model: Path) -> None:
+    file = model / "text_encoder" / "config.json"
+    change(file, hidden_size=0)
+    for part in (file.parent, file.with_name("model.safetensors")):
+        problem = problem_of(lambda: open_component("text_encoder", part))  # noqa: B023
+        assert problem.startswith(f"{file}: expected hidden_size")
 
 
 def test_a_single_file_lists_exactly_what_it_lacks(single_file: Path, small_model: Path) -> None:
@@ -126,7 +154,9 @@ def test_a_single_file_lists_exactly_what_it_lacks(single_file: Path, small_mode
         f"{single_file}: expected a whole model, found a single file without tokenizer_2; "
         "name a folder or file for each with --tokenizer-2"
     )
-    KontextPipeline.from_pretrained(single_file, **parts, tokenizer_2=small_model).close()
+    KontextPipeline.from_pretrained(
+        single_file, **parts, tokenizer_2=small_model, device="cpu"
+    ).close()
 
 
 def test_a_single_file_of_something_else(small_model: Path, tmp_path: Path) -> None:
@@ -168,7 +198,7 @@ def test_a_damaged_shard_is_found_behind_an_index(model: Path) -> None:
     index = {"weight_map": {name: shard for shard, held in shards.items() for name in held}}
     (folder / "x.safetensors.index.json").write_text(json.dumps(index))
     whole.unlink()
-    KontextPipeline.from_pretrained(model).close()
+    KontextPipeline.from_pretrained(model, device="cpu").close()
 
     data = (folder / "two.safetensors").read_bytes()
     (folder / "two.safetensors").write_bytes(data[:-1])
@@ -242,7 +272,7 @@ def test_a_clip_tokenizer_longer_than_its_encoder(model: Path) -> None:
 @pytest.mark.parametrize("length", [None, 1e30, True, "64", 1, 10**30])
 def test_a_tokenizer_without_a_usable_length_has_the_usual_one(model: Path, length: object) -> None:
     change(model / "tokenizer_2" / "tokenizer_config.json", model_max_length=length)
-    with KontextPipeline.from_pretrained(model) as pipe:
+    with KontextPipeline.from_pretrained(model, device="cpu") as pipe:
         assert pipe.tokenizer_2.model_max_length == 512
 
 
