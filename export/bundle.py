@@ -24,6 +24,8 @@ from ..runtime.schedule import sigmas_for
 from .calibration import Calibration
 from .components import Graph, graphs
 from .functions import graph_ops
+from .licence import licence_files, licence_of
+from .model_folder import indices_of
 from .onnx_graph import export_graph
 from .quantised_graph import check_exportable
 from .weights import Places
@@ -86,6 +88,7 @@ def write_bundle(
             put(source, building / place, weights)
         _copy_small_files(checkpoint, networks, building)
         manifest = _manifest(checkpoint, described, precisions) | dict(extra or {})
+        manifest["attention"] = None if calibration is None else calibration.digest
         manifest["files"] = _files(building, progress)
         (building / MANIFEST).write_text(dump_manifest(manifest), encoding="utf-8")
 
@@ -174,7 +177,8 @@ def _copy_small_files(
         _copy((source / file for file in _TOKENIZER_FILES), folder / name)
     for part, network in networks.items():
         file = next(iter(network.weights.tensors.values())).file
-        _copy([file.with_name("config.json"), *file.parent.glob("*.index.json")], folder / part)
+        _copy([file.with_name("config.json"), *indices_of(network)], folder / part)
+    _copy(licence_files(checkpoint), folder)
     root = checkpoint.tokenizer.parent
     for name in _FOLDER_FILES:
         _copy([root / name], (folder / name).parent)
@@ -203,6 +207,7 @@ def _manifest(
         "schema_version": SCHEMA_VERSION,
         "software": f"fluxkontext {VERSION}",
         "model": checkpoint.name,
+        "licence": licence_of(checkpoint),
         "precision": dict(precisions),
         "recipe": checkpoint.transformer.weights.recipe,
         "components": dict(described),

@@ -1,5 +1,6 @@
 """A calibration file: how large the inputs of each quantisable layer, and of attention, become."""
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -27,6 +28,11 @@ class Calibration:
     percentile: float
     amax: Mapping[str, float]
     about: Mapping[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the magnitudes, by which one calibration is told from another."""
+        return hashlib.sha256(json.dumps(dict(self.amax), sort_keys=True).encode()).hexdigest()
 
     def write(self, file: Path) -> None:
         values = {

@@ -10,6 +10,7 @@ from ..runtime.checkpoint import TOKENIZERS, Checkpoint, Component, resolve
 from ..runtime.errors import CheckpointError
 from ..runtime.weights import read_json
 from .configs import model_index_json, network_json, scheduler_json
+from .licence import CARD, licence_files
 
 _SCHEDULER = "scheduler/scheduler_config.json"
 
@@ -24,12 +25,20 @@ def link_network(network: Component[Any], folder: Path) -> None:
             (folder / file.name).hardlink_to(real)
         except OSError:  # another file system
             shutil.copyfile(real, folder / file.name)
-    if len(files) > 1:  # shards, found by an index
-        names = {file.name for file in files}
-        indices = files[0].parent.glob("*.safetensors.index.json")
-        index = next(i for i in indices if set(read_json(i)["weight_map"].values()) == names)
+    for index in indices_of(network):
         shutil.copyfile(index, folder / index.name)
     write_config(network, folder)
+
+
+def indices_of(network: Component[Any]) -> list[Path]:
+    """The index by which a network's shards are found; none of a single file. That of a variant
+    beside them is another's."""
+    files = {tensor.file for tensor in network.weights.tensors.values()}
+    if len(files) == 1:
+        return []
+    names = {file.name for file in files}
+    indices = next(iter(files)).parent.glob("*.safetensors.index.json")
+    return [it for it in indices if set(read_json(it)["weight_map"].values()) == names]
 
 
 def write_config(network: Component[Any], folder: Path) -> None:
@@ -42,7 +51,7 @@ def write_config(network: Component[Any], folder: Path) -> None:
 
 
 def write_small_files(checkpoint: Checkpoint, folder: Path) -> None:
-    """Tokenizers, the scheduler's config, and the index of the parts."""
+    """Tokenizers, the scheduler's config, the index of the parts, model card and licence."""
     for name in TOKENIZERS:
         (folder / name).mkdir()
         for file in getattr(checkpoint, name).iterdir():
@@ -53,6 +62,9 @@ def write_small_files(checkpoint: Checkpoint, folder: Path) -> None:
     if root.is_dir():
         for file in ("model_index.json", _SCHEDULER):
             shutil.copyfile(root / file, folder / file)
+        for path in (root / CARD, *licence_files(checkpoint)):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
     else:
         write_json(folder / "model_index.json", model_index_json())
         write_json(folder / _SCHEDULER, scheduler_json(checkpoint.scheduler))

@@ -1,7 +1,7 @@
 """Pack a bundle for those who ship engines only: what they run with, and nothing else.
 
-Graphs and weights stay behind, with the configurations of a checkpoint; tokenizers and the golden
-edit come along, so that the packed bundle can still be asked to prove itself.
+Graphs and weights stay behind, with the configurations of a checkpoint. The licence comes along,
+and so do tokenizers and the golden edit: the packed bundle can still be asked to prove itself.
 """
 
 from collections.abc import Callable, Mapping
@@ -45,7 +45,8 @@ def pack(root: Path, out: Path, say: Callable[[str], None]) -> None:
 
 def packed(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest without graphs, and without the files that engines do not need."""
-    kept = {ENGINES, GOLDEN, *manifest["tokenizers"].values()}
+    licence = manifest.get("licence") or {"files": []}
+    kept = {ENGINES, GOLDEN, *manifest["tokenizers"].values(), *licence["files"]}
     components = {
         name: {**component, "graphs": {}} for name, component in manifest["components"].items()
     }
