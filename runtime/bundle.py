@@ -71,7 +71,7 @@ class Bundle:
             raise CheckpointError(
                 f"{self.root}: expected {flavour} graphs, found none, as {self.recipe} has none "
                 "for engines and providers, which take no scale that depends on the input; "
-                "quantise with --recipe fp8-static, or use --backend native"
+                "quantise with --recipe fp8-static, or use --device cpu or --backend native"
             ) from None
 
     def named_precision(self, flavour: str) -> str:
@@ -170,6 +170,12 @@ def read_manifest(root: Path) -> dict[str, Any]:
         raise CorruptedError(
             f"{path}: expected what its checksum says, found a changed file; "
             "copy or export the bundle again"
+        )
+    sets = manifest.get("engines", {}).values()
+    if not all(isinstance(entry.get("qualified", {}), dict) for entry in sets):
+        raise CheckpointError(
+            f"{path}: expected the GPUs that engines have passed on, found a bundle of an older "
+            "version; build it again, in another folder"
         )
     if (stray := next(_strays(manifest), None)) is not None:
         raise CorruptedError(

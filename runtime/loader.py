@@ -113,8 +113,10 @@ def _choose(root: Path, is_bundle: bool, device: str, precision: str) -> tuple[s
         if reason is None:
             return "tensorrt", "engines that passed on this GPU"
         _log.info("%s: not the tensorrt backend: %s", root, reason)
-    if has_torch and device != "cpu" and _has_nvidia_driver():
-        return "native", "a GPU and torch"
+        if has_torch:
+            if _torch_has_gpu():
+                return "native", "a GPU and torch"
+            _log.info("%s: not the native backend on a GPU: torch finds none", root)
     if has_torch and precision not in ("auto", bundle.named_precision("cpu")):
         return "native", f"a bundle whose graphs do not compute in {precision}"
     if has_onnx or not has_torch:
@@ -125,6 +127,12 @@ def _choose(root: Path, is_bundle: bool, device: str, precision: str) -> tuple[s
 def _has_nvidia_driver() -> bool:
     """Whether a GPU may be there, without the seconds that importing torch takes."""
     return any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/dxg"))
+
+
+def _torch_has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def require(package: str, purpose: str, extra: str) -> None:

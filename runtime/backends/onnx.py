@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from ..backend import Batch, Embeddings, Floats, TokenIds
 from ..bundle import Bundle
+from ..contract import Profile
 from ..errors import BackendUnavailableError, CheckpointError, KontextError, OutOfMemoryError
 from ..geometry import Size, pack
 from ..images import Pixels
@@ -69,19 +70,25 @@ class OnnxBackend:
     name = "onnx"
     leaves = False
     max_batch: int | None = None
+    profiles: Mapping[str, Profile] = {}
 
     def __init__(self, bundle: Bundle, device: str, precision: str) -> None:
         """Open a bundle. device: ``auto``, ``cpu``, ``cuda``; precision: ``auto`` or its own."""
         self.device = _choose_device(device)
+        if device == "auto" and self.device != "cpu" and (why := _why_no_graphs(bundle, precision)):
+            _log.warning("device auto: the CPU, as %s", why)
+            self.device = "cpu"
         flavour = "cpu" if self.device == "cpu" else "gpu"
         recipe = bundle.recipe
         self.precision = bundle.named_precision(flavour)
         self.text_features = bundle.text_features
         self.details: Mapping[str, str] = {"recipe": recipe} if recipe else {}
         if precision not in ("auto", self.precision):
+            on_cpu = flavour == "gpu" and precision == bundle.named_precision("cpu")
+            other = "device cpu, " if on_cpu else ""
             raise BackendUnavailableError(
                 f"precision: expected {self.precision}, that of the bundle's {flavour} graphs, "
-                f"found {precision}; use precision auto, or backend native for another"
+                f"found {precision}; use precision auto, {other}or backend native for another"
             )
         self._open: Callable[[str], Session] = lambda name: Session(
             bundle.graph(name, flavour),
@@ -284,6 +291,15 @@ def _translated(error: Exception, path: Path) -> Exception:
     if any(word in text for word in ("INVALID_PROTOBUF", "NO_SUCHFILE", "INVALID_GRAPH")):
         return CheckpointError(f"{path}: expected an ONNX graph that loads, found: {text:.200}")
     return KontextError(f"{path.name}: expected it to run, found: {text:.300}")
+
+
+def _why_no_graphs(bundle: Bundle, precision: str) -> str | None:
+    """Why the graphs for GPUs do not do where those for CPUs do; None if they do."""
+    if "gpu" not in bundle.manifest["precision"]:
+        return f"a bundle of {bundle.recipe} has no graphs for GPUs"
+    if precision == bundle.named_precision("cpu") != (there := bundle.named_precision("gpu")):
+        return f"the bundle's graphs for GPUs are of {there}, asked for is {precision}"
+    return None
 
 
 def _choose_device(device: str) -> str:

@@ -141,6 +141,15 @@ def test_engines_that_lead_out_are_refused(copy: Path, name: str, part: dict[str
         open_bundle(copy)
 
 
+def test_engines_of_an_older_version_are_to_be_built_again(copy: Path) -> None:
+    """Which said whether they had passed, not where."""
+    entry = {"qualified": False, "components": {}}
+    manifest = {**read_manifest(copy), "engines": {"tensorrt-rtx-sm_120": entry}}
+    (copy / "manifest.json").write_text(dump_manifest(manifest))
+    with pytest.raises(CheckpointError, match="of an older version; build it again"):
+        open_bundle(copy)
+
+
 @pytest.mark.parametrize("graph", ["../outside.onnx", "/etc/hostname", "unlisted.onnx"])
 def test_a_graph_that_is_not_verified_is_refused(copy: Path, graph: str) -> None:
     manifest = read_manifest(copy)

@@ -3,13 +3,20 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fluxkontext.runtime import BackendUnavailableError, InvalidInputError, KontextPipeline
+from fluxkontext.runtime import (
+    BackendUnavailableError,
+    CheckpointError,
+    InvalidInputError,
+    KontextPipeline,
+)
+from fluxkontext.runtime.bundle import Bundle, read_manifest
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (96, 64, 3), np.uint8)
 OTHER = np.random.default_rng(1).integers(0, 256, (48, 80, 3), np.uint8)
@@ -172,6 +179,61 @@ def test_a_build_for_cuda_where_cuda_does_not_work(
         KontextPipeline.from_pretrained(small_bundle, backend="onnx", device="cuda:0")
 
 
+@pytest.fixture
+def cuda_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with onnxruntime-gpu and its CUDA; nothing may be opened there."""
+    from fluxkontext.runtime.backends import onnx
+
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnx.ort, "get_available_providers", lambda: providers)
+    monkeypatch.setattr(onnx, "_why_no_cuda", lambda _: None)
+
+
+@pytest.mark.usefixtures("cuda_works")
+def test_a_precision_that_only_the_graphs_for_cpus_have(
+    small_bundle: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Unasked they run, having said why; on a device by name nothing falls back."""
+    load = partial(KontextPipeline.from_pretrained, small_bundle, backend="onnx", precision="fp32")
+    with load(device="auto") as pipe:
+        assert (pipe.about["device"], pipe.about["precision"]) == ("cpu", "fp32")
+    assert "the CPU, as the bundle's graphs for GPUs are of bf16, asked for is fp32" in caplog.text
+    with pytest.raises(BackendUnavailableError, match=r"expected bf16.* found fp32; .*device cpu"):
+        load(device="cuda")
+
+
+@pytest.mark.usefixtures("cuda_works")
+def test_a_recipe_that_only_the_graphs_for_cpus_have(
+    small_bundle: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from fluxkontext.runtime.backends.onnx import OnnxBackend
+
+    manifest = read_manifest(small_bundle) | {"recipe": "fp8-dynamic", "precision": {"cpu": "fp32"}}
+    bundle = Bundle(small_bundle, manifest)
+    backend = OnnxBackend(bundle, "auto", "auto")
+    assert backend.device == "cpu"
+    backend.close()
+    assert "the CPU, as a bundle of fp8-dynamic has no graphs for GPUs" in caplog.text
+    with pytest.raises(CheckpointError, match="--device cpu"):
+        OnnxBackend(bundle, "cuda", "auto")
+
+
+def test_a_gpu_that_torch_cannot_use_is_left_to_others(
+    small_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A driver, and a torch that was built without CUDA."""
+    import torch
+
+    from fluxkontext.runtime import loader
+
+    monkeypatch.setattr(loader, "_has_nvidia_driver", lambda: True)
+    for has_gpu, backend in ((False, "onnx"), (True, "native")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda it=has_gpu: it)
+        with caplog.at_level("INFO"):
+            assert loader._choose(small_bundle, True, "auto", "auto")[0] == backend
+    assert caplog.text.count("not the native backend on a GPU: torch finds none") == 1
+
+
 @pytest.mark.parametrize("device", ["cuda:x", "cuda:", "cuda:-1", "cudas", "gpu", "cpu:0", ""])
 def test_devices_that_are_none(
     small_bundle: Path, device: str, monkeypatch: pytest.MonkeyPatch
@@ -191,7 +253,7 @@ def test_an_edit_imports_no_torch(
         "import sys\n"
         "from fluxkontext.runtime.cli import main\n"
         f"rc = main(['generate', '-p', 'a star', '--model', {str(small_bundle)!r}, '-o', 'o.png',"
-        " '--steps', '2'])\n"
+        " '--steps', '2', '--device', 'cpu'])\n"
         "print(rc, sorted({'torch', 'transformers', 'diffusers', 'onnx'} & set(sys.modules)))"
     )
     done = subprocess.run(
