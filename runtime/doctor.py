@@ -56,7 +56,7 @@ def _bundle(root: Path, device: str) -> dict[str, Any]:
     if bundle.manifest.get("engines"):
         try:
             facts["engines"] = qualify(root, device)
-        except (BackendUnavailableError, EngineMismatchError) as error:
+        except (BackendUnavailableError, EngineMismatchError, OutOfMemoryError) as error:
             facts["engines"] = f"none that runs here: {error}"
             if bundle.packed:
                 return facts
@@ -81,7 +81,7 @@ def qualify(root: Path, device: str) -> dict[str, Any]:
     that they passed on its model; returns what was measured.
 
     Raises CorruptedError for engines that are wrong, which are then not qualified on it, and
-    BackendUnavailableError or EngineMismatchError if none runs here.
+    BackendUnavailableError, EngineMismatchError or OutOfMemoryError if none runs here.
     """
     bundle = open_bundle(root)
     trial = try_engines(bundle, device)
@@ -121,7 +121,7 @@ class Trial:
 def try_engines(bundle: Bundle, device: str = "auto") -> Trial:
     """Replay the golden edit with the first engines of ``bundle`` that fit the GPU.
 
-    Raises BackendUnavailableError or EngineMismatchError if none runs here.
+    Raises BackendUnavailableError, EngineMismatchError or OutOfMemoryError if none runs here.
     """
     golden = load_golden(bundle.root)
     if golden is None:

@@ -1,5 +1,6 @@
 """What `doctor` writes down of engines, for each model of GPU by itself; the GPUs are played."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -68,6 +69,24 @@ def test_a_bundle_that_cannot_be_written(
 
     monkeypatch.setattr(golden.Outcome, "check", fail)
     assert main(["doctor", str(copy)]) == 6
+
+
+def test_engines_beyond_the_memory(
+    copy: Path, library: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Doctor says so, and replays the golden edit on the backend that runs instead."""
+    from cuda.bindings import runtime
+
+    from .host_cuda import OK
+
+    full = runtime.cudaError_t.cudaErrorMemoryAllocation
+    monkeypatch.setattr(library.cuda, "cudaMalloc", lambda _: (full, 0))
+    told = (*OK, b"out of memory")
+    monkeypatch.setattr(library.cuda, "cudaGetErrorString", lambda _: told, raising=False)
+    assert main(["doctor", str(copy), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)["bundle"]
+    assert "none that runs here: expected enough memory on the GPU" in facts["engines"]
+    assert facts["golden edit"]["backend"] in ("onnx", "native")
 
 
 def test_edits_beyond_the_largest_batch(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
