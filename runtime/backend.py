@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from .contract import Profile
 from .geometry import Size
 from .images import Pixels
 
@@ -70,6 +71,8 @@ class Backend(Protocol):
 
     max_batch: int | None
     """Edits of equal shape that it runs together, at most; None: as many as memory takes."""
+    profiles: Mapping[str, Profile]
+    """Graph -> the ranges of its inputs that alone it runs; graphs that are not here run any."""
 
     def encode_text(self, prompt: TokenIds | Embeddings) -> Handle:
         """Text conditioning of one prompt."""

@@ -19,8 +19,18 @@ LIBRARIES: Mapping[str, str] = {
     "tensorrt-rtx": "tensorrt_rtx_bindings",
 }
 """Engine library -> its Python module; the extra that installs it has the library's name."""
-_OPTIONS: Mapping[Axis, str] = {"batch": "--batch", "context_tokens": "--contexts"}
-"""Axis of an input -> what widens it when engines are built, where that is not --size."""
+_OPTIONS: Mapping[Axis, str] = {
+    "batch": "--batch",
+    "context_tokens": "--contexts",
+    **dict.fromkeys(("width", "height", "grid_width", "grid_height"), "--size"),
+    **dict.fromkeys(("target_tokens", "image_tokens"), "--size"),
+}
+"""Axis of an input -> what widens it when engines are built; others nothing does."""
+_COUNTED: Mapping[Axis, str] = {
+    "batch": "edits of one size at once",
+    "text_tokens": "tokens a prompt",
+}
+"""Axis of an input -> what a call passes so many of."""
 RTX_TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
 """What TensorRT-RTX 1.7 compiles for without a GPU: the members of its ``ComputeCapability``."""
 
@@ -132,10 +142,18 @@ def check_shapes(
         for axis, low, side, high in zip(axes, least, shape, most, strict=True):
             if not low <= side <= high:
                 raise EngineMismatchError(
-                    f"{name}: expected {key} of {_x(least)} to {_x(most)}, found {_x(shape)}; use "
-                    "what the engines were built for, or build them for this with: fluxkontext "
-                    f"build {_OPTIONS.get(axis, '--size')}"
+                    f"{name}: expected {key} of {_x(least)} to {_x(most)}, found {_x(shape)}; "
+                    f"{_remedy(axis, low, side, high)}"
                 )
+
+
+def _remedy(axis: Axis, low: int, side: int, high: int) -> str:
+    """What to do about ``side``, which is not from ``low`` to ``high``."""
+    bound = high if low == high else f"at most {high}" if side > high else f"at least {low}"
+    counted, option = _COUNTED.get(axis), _OPTIONS.get(axis)
+    remedy = f"pass {bound} {counted}" if counted else "use what the engines were built for"
+    build = f", or build engines for this with: fluxkontext build {option}" if option else ""
+    return remedy + build
 
 
 def _x(shape: tuple[int, ...]) -> str:

@@ -1,6 +1,6 @@
 """The pictures of a call as jobs: each placed on the model's grid, given its noise, and grouped."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +8,7 @@ import numpy as np
 
 from .arguments import shown
 from .backend import Embeddings, Floats
+from .contract import Shape
 from .errors import InvalidInputError
 from .geometry import Grid, Size, Transform, pack
 from .images import as_array, resize
@@ -176,3 +177,37 @@ def groups(jobs: Sequence[Job], most: int | None) -> Iterator[list[Job]]:
     for alike in by_shape.values():
         count = most or len(alike)
         yield from (alike[start : start + count] for start in range(0, len(alike), count))
+
+
+def graph_inputs(
+    jobs: Sequence[Job], grid: Grid, features: tuple[int, int], text_tokens: int, decode: bool
+) -> Iterator[tuple[str, Mapping[str, Shape]]]:
+    """What jobs that run as one batch ask of each graph: its name, and shapes of its inputs.
+
+    features: of a token of latents, and of one of a prompt. text_tokens: of a prompt that is not
+    encoded yet. decode: whether pictures are wanted.
+    """
+    first, count = jobs[0], len(jobs)
+    width, height = grid.tokens(first.target)
+    target = width * height
+    context = sum(w * h for w, h in map(grid.tokens, first.context_sizes))
+    for picture in first.contexts:
+        if picture.dtype == np.uint8:
+            yield "vae_encoder", {"pixels": (1, *picture.shape)}
+    for text in (first.edit.text, first.edit.negative):
+        if text is None:
+            continue
+        tokens = len(text.tokens) if isinstance(text, Embeddings) else text_tokens
+        if not isinstance(text, Embeddings):
+            yield "t5", {"ids": (1, tokens)}
+        yield (
+            "transformer",
+            {
+                "latents": (count, target, features[0]),
+                "context": (count, context, features[0]),
+                "text": (count, tokens, features[1]),
+                "positions": (target + context, 3),
+            },
+        )
+    if decode:
+        yield "vae_decoder", {"latents": (1, height, width, features[0])}

@@ -16,9 +16,10 @@ from .budget import Budget, workload
 from .checkpoint import MINI, PARTS
 from .config import VaeConfig
 from .encoding import Encoder
+from .engines import check_shapes
 from .errors import InvalidInputError, KontextError
 from .geometry import LAYOUTS, MAX_SIDE, Grid, Size
-from .jobs import Job, check_seeds, draw_noise, groups, place
+from .jobs import Job, check_seeds, draw_noise, graph_inputs, groups, place
 from .loader import load
 from .request import Text, packed_latents, pair, texts_of
 from .result import OUTPUT_TYPES, EditResult, Sampling, assemble
@@ -225,6 +226,8 @@ class KontextPipeline:
         )
         schedules = {job.target: self._sigmas(job.target, sampling) for job in jobs}
         batches = list(groups(jobs, self.backend.max_batch))
+        for batch in batches:
+            self._check(batch, sampling, decode=output_type != "latent")
 
         def after_step(state: State, i: int, sigma: float) -> None:
             if callback_on_step_end is not None:
@@ -330,6 +333,14 @@ class KontextPipeline:
         """Refuse what the budget has no room for, and settle how the rest saves memory."""
         if self.budget is not None:
             self.budget.admit(workload(batch, sampling, self._remembered))
+
+    def _check(self, batch: Sequence[Job], sampling: Sampling, decode: bool) -> None:
+        """Refuse what no engine was built for."""
+        features = 4 * self.vae.latent_channels, self.backend.text_features[1]
+        length = sampling.max_sequence_length
+        for name, shapes in graph_inputs(batch, self.grid, features, length, decode):
+            if name in self.backend.profiles:
+                check_shapes(name, self.backend.profiles[name], shapes)
 
     def _finish(self, jobs: Sequence[Job], state: State, output_type: str) -> None:
         outputs: Sequence[Any]

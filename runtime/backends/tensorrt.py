@@ -14,7 +14,7 @@ import numpy as np
 
 from ..backend import Batch, Embeddings, Floats, TokenIds
 from ..bundle import Bundle
-from ..contract import GRAPHS, STEPS
+from ..contract import GRAPHS, STEPS, Profile
 from ..cuda import Buffer, Stream
 from ..engines import choose_set, gpu_at, installed
 from ..errors import BackendUnavailableError, KontextError
@@ -68,7 +68,8 @@ class TensorRtBackend:
         place = f"{self.set_name}-{self.gpu.name.replace(' ', '_')}"
         kernels = cache_folder() / "kernels" / place
         parts: Mapping[str, Mapping[str, Any]] = entry["components"]
-        self.max_batch: int | None = parts["transformer"]["profile"]["latents"][-1][0]
+        self.profiles: Mapping[str, Profile] = {it: part["profile"] for it, part in parts.items()}
+        self.max_batch: int | None = self.profiles["transformer"]["latents"][-1][0]
         self._engines = {
             name: Engine(
                 self.library,
@@ -130,9 +131,9 @@ class TensorRtBackend:
     def step(self, state: State, i: int) -> None:
         """The two passes of true CFG add up: each adds its weighted velocity to what was before."""
         self._stream.enter()
-        bucket = self._bucket(state)
         sample = state.latents
         for branch in state.branches:
+            bucket = self._bucket(state, branch)
             bucket.fill(state, branch, i, sample)
             bucket.run()
             sample = bucket.buffers["next"]
@@ -226,9 +227,8 @@ class TensorRtBackend:
         self._stream.wait()  # the parts may be freed now
         return whole
 
-    def _bucket(self, state: State) -> Bucket:
-        """The buffers for the shapes of ``state``; beyond a number, those used longest ago go."""
-        branch = state.branches[0]
+    def _bucket(self, state: State, branch: Branch) -> Bucket:
+        """The buffers for the shapes of a branch; beyond a number, those used longest ago go."""
         shapes: dict[str, Shape] = {
             "latents": state.latents.shape,
             "sample": state.latents.shape,

@@ -107,6 +107,17 @@ def test_the_option_that_widens_it_is_named(
         check_shapes("transformer", profile, shapes)
 
 
+@pytest.mark.parametrize(
+    ("least", "most", "tokens", "bound"), [(1, 32, 33, "at most 32"), (32, 32, 10, "32")]
+)
+def test_where_no_option_widens_it_the_limit_is_told(
+    least: int, most: int, tokens: int, bound: str
+) -> None:
+    profile = {"text": ((1, least, 64), (1, most, 64), (1, most, 64))}
+    with pytest.raises(EngineMismatchError, match=f"; pass {bound} tokens a prompt$"):
+        check_shapes("transformer", profile, {"text": (1, tokens, 64)})
+
+
 RECIPE = Recipe("tensorrt-rtx", "1.7.1.116", "sm_120", None, "bf16", ("strongly-typed",))
 
 

@@ -23,6 +23,21 @@ pytest.importorskip("cuda.bindings", reason="needs cuda-bindings: extra tensorrt
 Opener = Callable[[], KontextPipeline]
 PICTURE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
 OTHER = np.random.default_rng(1).integers(0, 256, (48, 80, 3), np.uint8)
+
+
+def embedded(tokens: int, negative: int) -> dict[str, Any]:
+    """True CFG of two prompts that are encoded already, of so many tokens."""
+    random = np.random.default_rng(2).standard_normal
+    return {
+        "prompt": None,
+        "prompt_embeds": random((1, tokens, 64), np.float32),
+        "pooled_prompt_embeds": random((1, 64), np.float32),
+        "negative_prompt_embeds": random((1, negative, 64), np.float32),
+        "negative_pooled_prompt_embeds": random((1, 64), np.float32),
+        "true_cfg_scale": 3.0,
+    }
+
+
 CALLS: list[dict[str, Any]] = [
     {"image": PICTURE},
     {"image": None},
@@ -31,6 +46,8 @@ CALLS: list[dict[str, Any]] = [
     {"image": PICTURE, "num_images_per_prompt": 2},
     {"image": [PICTURE, PICTURE], "prompt": ["make it red", "remove it"]},
     {"image": PICTURE, "num_inference_steps": 120},  # more than modulation takes at once
+    {"image": PICTURE, **embedded(10, 4)},
+    {"image": PICTURE, **embedded(4, 10)},
 ]
 
 
@@ -124,6 +141,33 @@ def test_a_size_that_was_not_built_has_exit_code_4(played: KontextPipeline) -> N
         played(prompt="x", width=256, height=256, max_area=65536, num_inference_steps=1, seed=0)
     assert caught.value.exit_code == 4
     played(prompt="x", num_inference_steps=1, seed=0)  # the next one works
+
+
+@pytest.mark.parametrize(
+    ("call", "problem"),
+    [
+        (
+            {"image": [PICTURE, np.zeros((256, 256, 3), np.uint8)], "prompt": ["x", "y"]},
+            "found 1x256x256x3; .* build --size",
+        ),
+        ({"num_images_per_prompt": 3}, "pass 2 edits of one size at once, .* build --batch"),
+        (embedded(4, 99), "pass at most 64 tokens a prompt$"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_runs(
+    played: KontextPipeline, monkeypatch: pytest.MonkeyPatch, call: dict[str, Any], problem: str
+) -> None:
+    """Also the second group of a call; these engines take two edits, no more and no less."""
+    profile: Any = played.backend.profiles["transformer"]
+    monkeypatch.setitem(profile, "latents", profile["latents"][2:] * 3)
+    if "num_images_per_prompt" not in call:
+        call = call | {"num_images_per_prompt": 2}
+    begun: list[Any] = []
+    monkeypatch.setattr(played.backend, "begin", begun.append)
+    usual = {"image": PICTURE, "prompt": "x", "num_inference_steps": 1, "auto_resize": False}
+    with pytest.raises(EngineMismatchError, match=problem):
+        played(**usual | call)
+    assert not begun
 
 
 def test_an_edit_leaves_nothing_of_its_own(played: KontextPipeline, library: Any) -> None:
