@@ -29,7 +29,7 @@ from ..runtime.tokenizer import load_tokenizer
 from .engines.compile import LEVEL, PLUGINS, Engine
 from .engines.install import compile_all, discard, install
 from .pack import pack
-from .prepare import Source, bundle_once, wanted_precision
+from .prepare import Source, bundle_once, wanted_precision, weight_files
 
 Say = Callable[[str], None]
 GOLDEN = ("auto", "always", "never")
@@ -82,7 +82,7 @@ def build(source: Source | None, order: Order, say: Say) -> dict[str, Any]:
     said before any work.
     """
     if source is not None:
-        precision = wanted_precision(source.find(), order.precision)
+        precision = wanted_precision(source, order.precision)
     else:
         precision = open_bundle(order.out, engines=False).named_precision("gpu")
         if order.precision not in ("auto", precision):
@@ -94,6 +94,9 @@ def build(source: Source | None, order: Order, say: Say) -> dict[str, Any]:
         require("triton", "to compile plugins", "torch")
     recipe = recipe_for(order.library, order.target, precision, order.plugins)
     if source is not None:
+        size = sum(file.stat().st_size for file in weight_files(source.find()))
+        if not order.out.exists() and _wants_golden(order.golden, size):
+            _require_for_golden()
         bundle_once(source, order.out, precision, order.weights, say)
     bundle = open_bundle(order.out, engines=False)
     workload = workload_for(bundle, order.sizes, order.contexts, order.batch, order.static)
@@ -217,10 +220,10 @@ def golden_once(bundle: Bundle, workload: Workload, when: str, say: Say) -> None
     if golden is not None and _covers(bundle, workload, golden):
         return
     weights = sum(entry["size"] for entry in bundle.manifest["files"].values())
-    if when == "never" or (when == "auto" and weights > _SMALL):
+    if not _wants_golden(when, weights):
         say("golden edit: none, so no engine can be qualified; make one with --golden always")
         return
-    require("onnxruntime", "to make the golden edit", "cpu")
+    _require_for_golden()
     from ..runtime.backends.onnx import OnnxBackend
 
     say("golden edit: running it in fp32 on the CPU")
@@ -233,6 +236,15 @@ def golden_once(bundle: Bundle, workload: Workload, when: str, say: Say) -> None
         record(bundle, backend, scheduler, size, min(max(least, 1), most), batch)
     finally:
         backend.close()
+
+
+def _wants_golden(when: str, size: int) -> bool:
+    """Whether a model of so many bytes is to have a golden edit."""
+    return when == "always" or (when == "auto" and size <= _SMALL)
+
+
+def _require_for_golden() -> None:
+    require("onnxruntime", "to make the golden edit", "cpu")
 
 
 def _covers(bundle: Bundle, workload: Workload, golden: Golden) -> bool:

@@ -172,10 +172,17 @@ def _check(engine: Engine, event: Mapping[str, Any], code: int, remark: str) -> 
             f"node {refused['node'] or '?'} ({refused['operator']}): {refused['message']}"
             for refused in event["refused"][:3]
         )
-        raise KontextError(f"{where}, found that it refuses {found}")
+        raise KontextError(f"{where}, found that it refuses {found}{_advice(found)}")
     found = event.get("failed") or remark or f"that it ended with status {code}"
     node = blamed(engine.bundle.root / graph, found)
     raise KontextError(
-        f"{where} for {engine.recipe.target}, found{f' at {node}' if node else ''}: {found:.600}; "
-        f"see {engine.file.with_suffix('.log')}"
+        f"{where} for {engine.recipe.target}, found{f' at {node}' if node else ''}: {found:.600}"
+        f"{_advice(node or '')}; see {engine.file.with_suffix('.log')}"
     )
+
+
+def _advice(found: str) -> str:
+    """What helps against a compiler that lacks the kernel of FP8 attention."""
+    if "(TRT_QuantizedAttention)" not in found:
+        return ""
+    return "; build it without, with --attention 16bit and another -o"

@@ -51,6 +51,12 @@ def add(commands: "Commands[Parser]", common: Parser) -> None:
         "--calibration-steps", type=count, default=28, help="of each edit (default: %(default)s)"
     )
     parser.add_argument(
+        "--attention",
+        choices=("fp8", "16bit"),
+        default="fp8",
+        help="of fp8 engines; 16bit is for GPUs whose compiler has no such kernel (default: fp8)",
+    )
+    parser.add_argument(
         "--weights", choices=("link", "copy"), default="link", help="hard links, or copies"
     )
     parser.add_argument(
@@ -90,7 +96,7 @@ def _range(text: str) -> tuple[int, int]:
 def run(args: argparse.Namespace) -> None:
     from ..bundle import MANIFEST
     from ..checkpoint import resolve
-    from ..errors import CheckpointError
+    from ..errors import CheckpointError, InvalidInputError
     from ..loader import require
 
     for package in ("torch", "onnxscript"):
@@ -103,8 +109,19 @@ def run(args: argparse.Namespace) -> None:
         raise CheckpointError(
             f"{args.model}: expected a bundle, found a checkpoint; name the bundle to make with -o"
         )
+    if here and (args.calibration is not None or args.attention != "fp8"):
+        raise InvalidInputError(
+            f"{args.model}: expected a checkpoint for --calibration and --attention, found a "
+            "bundle, which has its graphs; leave them out, or build from the checkpoint with -o"
+        )
     build = import_module("fluxkontext.export.build")
-    source = build.Source(args.model, given_parts(args), args.calibration, args.calibration_steps)
+    source = build.Source(
+        args.model,
+        given_parts(args),
+        args.calibration,
+        args.calibration_steps,
+        args.attention,
+    )
     order = build.Order(
         out=output,
         library=args.engine,
