@@ -10,6 +10,7 @@ to copy; it takes either loader.
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -76,13 +77,25 @@ def onnx_runtime(bundle: Path, manifest: dict[str, Any]) -> Run:
     return run
 
 
+def chosen_set(manifest: dict[str, Any], name: str, target: str) -> dict[str, Any]:
+    """The manifest's engines of a library for a GPU, such as ``sm_120``."""
+    sets = [it for it in manifest.get("engines", {}).values() if it["library"] == name]
+    for it in sets:
+        if it["target"] == target:
+            return dict(it)
+    found = ", ".join(it["target"] for it in sets) or "none"
+    sys.exit(
+        f"expected engines of {name} for the {target} in this machine, found {found}; make them "
+        f"with: fluxkontext build --engine {name} --target {target}"
+    )
+
+
 def engines(bundle: Path, manifest: dict[str, Any], library: str) -> Run:
-    """The bundle's engines of a library. For brevity arrays come back to the host after every run;
-    a service would leave latents on the GPU: what `next` is written to is the next step's input."""
+    """The bundle's engines of a library for the first GPU. For brevity arrays come back to the host
+    after every run; a service would leave latents on the GPU: what `next` is written to is the next
+    step's input."""
     trt = import_module(library)
     cuda = import_module("cuda.bindings.runtime")
-    name = library.removesuffix("_bindings").replace("_", "-")
-    (chosen,) = (s for s in manifest["engines"].values() if s["library"] == name)
     runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
     contexts: dict[str, Any] = {}
 
@@ -92,6 +105,9 @@ def engines(bundle: Path, manifest: dict[str, Any], library: str) -> Run:
             raise RuntimeError(f"{function.__name__}: {status.name}")
         return values[0] if values else None
 
+    gpu = call(cuda.cudaGetDeviceProperties, 0)
+    name = library.removesuffix("_bindings").replace("_", "-")
+    chosen = chosen_set(manifest, name, f"sm_{gpu.major}{gpu.minor}")
     stream = call(cuda.cudaStreamCreate)
     down, up = (
         cuda.cudaMemcpyKind.cudaMemcpyHostToDevice,
@@ -130,7 +146,13 @@ def engines(bundle: Path, manifest: dict[str, Any], library: str) -> Run:
 
 def golden_edit(bundle: Path) -> dict[str, Any]:
     """The arrays of ``golden.safetensors``: the header's size, a JSON header, then the data."""
-    data = (bundle / "golden.safetensors").read_bytes()
+    file = bundle / "golden.safetensors"
+    if not file.is_file():
+        sys.exit(
+            f"{file}: expected the golden edit, found none; make it as the bundle is made, with: "
+            "fluxkontext export CHECKPOINT --golden -o BUNDLE"
+        )
+    data = file.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
     about = {name: json.loads(text) for name, text in header.pop("__metadata__").items()}

@@ -1,6 +1,7 @@
 """The embedding example, and the manifest's published form."""
 
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -33,24 +34,47 @@ def bundle(small_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-def test_the_example_makes_the_golden_edit(bundle: Path) -> None:
-    """In a process that can import neither of us nor torch."""
+def replayed(bundle: Path) -> "subprocess.CompletedProcess[str]":
+    """The example in a process that can import neither of us nor torch."""
     code = (
         "import runpy, sys; sys.modules.update(fluxkontext=None, torch=None, safetensors=None); "
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-I", "-c", code, str(EXAMPLE), str(bundle)],
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def test_the_example_makes_the_golden_edit(bundle: Path) -> None:
+    done = replayed(bundle)
     assert done.returncode == 0, done.stderr
     levels = int(done.stdout.split("at most ")[1].split()[0])
     golden = load_golden(bundle)
     assert golden is not None
     assert levels <= 1
     assert np.ptp(golden.pixels) > 20  # not one colour, which any code could draw
+
+
+def test_without_a_golden_edit_the_example_says_what_to_do(small_bundle: Path) -> None:
+    done = replayed(small_bundle)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.endswith("with: fluxkontext export CHECKPOINT --golden -o BUNDLE")
+
+
+def test_the_example_takes_the_engines_of_its_gpu() -> None:
+    choose = runpy.run_path(str(EXAMPLE))["chosen_set"]
+    pairs = [("tensorrt-rtx", "sm_89"), ("tensorrt-rtx", "sm_120"), ("tensorrt", "sm_90")]
+    sets = {str(i): {"library": name, "target": sm} for i, (name, sm) in enumerate(pairs)}
+    for entry in sets.values():
+        assert choose({"engines": sets}, entry["library"], entry["target"]) == entry
+    with pytest.raises(SystemExit, match="for the sm_90 in this machine, found sm_89, sm_120"):
+        choose({"engines": sets}, "tensorrt-rtx", "sm_90")
+    with pytest.raises(SystemExit, match="found none; make them with: fluxkontext build"):
+        choose({}, "tensorrt", "sm_90")
 
 
 def schema() -> dict[str, Any]:
