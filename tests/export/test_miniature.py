@@ -109,4 +109,4 @@ def test_engines_for_gpus_that_are_not_here(target: str, tmp_path: Path) -> None
     manifest = open_bundle(root, "always").manifest
     entry = manifest["engines"][facts["engines"]]
     assert set(entry["components"]) == set(GRAPHS)
-    assert all(facts["velocity_error"] < 1 for facts in entry["qualified"].values())
+    assert bool(entry["qualified"]) is facts["qualified"]
