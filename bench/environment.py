@@ -68,9 +68,7 @@ def cores() -> int:
 
 def git_state() -> Json:
     """The commit of this checkout; nulls for an installed package. ``FLUXKONTEXT_COMMIT`` names
-    the one that a copy without history was made of."""
-    if named := os.environ.get("FLUXKONTEXT_COMMIT"):
-        return {"commit": named, "dirty": False}
+    the one that a copy without history was made of; where git knows one, it says nothing."""
     here = str(Path(__file__).parent)
 
     def ask(*words: str) -> str | None:
@@ -87,9 +85,12 @@ def git_state() -> Json:
 
     ours = ask("ls-files", "--error-unmatch", "__init__.py")  # not of a repository around us
     commit = ask("rev-parse", "HEAD") if ours else None
-    changes = ask("status", "--porcelain") if commit else None
+    if commit is None:
+        named = os.environ.get("FLUXKONTEXT_COMMIT") or None
+        return {"commit": named, "dirty": False if named else None}
+    changes = ask("status", "--porcelain")
     return {
-        "commit": commit.strip() if commit else None,
+        "commit": commit.strip(),
         "dirty": None if changes is None else bool(changes.strip()),
     }
 
