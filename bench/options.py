@@ -16,7 +16,7 @@ def common(model: bool = True) -> Parser:
     options = Parser(add_help=False)
     if model:
         options.add_argument("--model", help="as for edit; default: the miniature")
-        options.add_argument("--backend", default="auto", help="auto, onnx or native")
+        options.add_argument("--backend", default="auto", help="auto, onnx, native or tensorrt")
     options.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     options.add_argument(
         "--threads", type=count, help="CPU threads of an operation; default: torch's own choice"

@@ -1,7 +1,5 @@
 """Scenes: drawn as asked, the same for the same seed, and the same pixels from both renderers."""
 
-import time
-
 import numpy as np
 import pytest
 
@@ -110,15 +108,3 @@ def test_the_torch_renderer_draws_the_same_pixels():
     expected = np.stack([render(scene) for scene in scenes])
     assert drawn.dtype == np.uint8
     assert np.abs(drawn.astype(int) - expected).max() <= 1
-
-
-def test_throughput_is_reported(capsys):
-    rng = np.random.default_rng(4)
-    start = time.perf_counter()
-    scenes = [draw_scene(rng) for _ in range(1000)]
-    drawn = time.perf_counter()
-    for scene in scenes:
-        render(scene)
-    end = time.perf_counter()
-    with capsys.disabled():
-        print(f"\n{1000 / (drawn - start):.0f} scenes/s, {1000 / (end - drawn):.0f} renders/s")
