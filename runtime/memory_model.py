@@ -71,11 +71,13 @@ def activations(
     precision: str,
     tile: int = 0,
     plain: str = "bf16",
+    upcast: bool = False,
 ) -> Activations:
     """Activations of an edit.
 
     tile: side in pixels of the VAE's tiles, 0 for its own rule. plain: as
-    :func:`.weight_model.computes_in` has it.
+    :func:`.weight_model.computes_in` has it. upcast: whether quantised products are of copies in
+    16 bits, as where tensor cores do not multiply their type.
     """
     c, compute = shapes.transformer, computes_in(precision, plain)
     e, vae_e = element_bytes(compute), vae_element_bytes(shapes.vae, compute)
@@ -97,7 +99,7 @@ def activations(
         ),
         # what is begun is whole before it is copied into the buffers that the steps keep
         begin=state + max(rows + vectors, rope) + work.batch * counts.context * c.in_channels * e,
-        denoise=denoise_peak(c, work.batch, counts, precision, work.branches, e),
+        denoise=denoise_peak(c, work.batch, counts, precision, work.branches, e, upcast),
         decode=_decode_peak(shapes.vae, work.target, vae_e, tile),
     )
 
@@ -141,7 +143,13 @@ def _state(c: TransformerConfig, work: Workload, counts: _Tokens, e: int, steps:
 
 
 def denoise_peak(
-    c: TransformerConfig, batch: int, counts: _Tokens, precision: str, branches: int, e: int
+    c: TransformerConfig,
+    batch: int,
+    counts: _Tokens,
+    precision: str,
+    branches: int,
+    e: int,
+    upcast: bool,
 ) -> int:
     """The fullest moment of a step: in a single block, before the second linear layer; or in a
     double block, at attention or in the feed-forward."""
@@ -152,11 +160,16 @@ def denoise_peak(
     single = every * ((1 + 1 + 1 + 3 + 1) * D + M + (D + M) + M)
     # img and txt, normed, q k v, rotated q k, joint q k v, attention
     joint = every * (1 + 1 + 3 + 2 + 3 + 1) * D
-    # img and txt old and new, attention, normed, out; up, gelu
-    double = max(joint, every * ((2 + 1 + 1 + 1) * D + 2 * M))
-    blocks = max(single if c.depth_single_blocks else 0, double if c.depth else 0) * e
+    # img and txt old and new, q k v, attention, normed, out; up, gelu
+    double = max(joint, every * ((2 + 3 + 1 + 1 + 1) * D + 2 * M))
     sixteenths = {"fp8": 16, "nvfp4": 9}.get(precision, 0)
     cast = every * (D + M) * sixteenths // 16  # linear2's input, quantised
+    if upcast and precision == "nvfp4":
+        cast = every * (D + M) * 2  # rounded, in place of that
+    if upcast and precision == "fp8":
+        single += every * (D + M) + D * (D + M)  # copies of linear2's input and weight
+        double += every * M + 2 * D * M  # of the last ones of the feed-forwards, text and image
+    blocks = max(single if c.depth_single_blocks else 0, double if c.depth else 0) * e
     velocity = (branches + 1) * batch * counts.target * c.in_channels * 4
     return blocks + cast + velocity
 

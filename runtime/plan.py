@@ -5,7 +5,7 @@ never gives a worse one. What a placement needs is :mod:`.memory_model`'s; :mod:
 a plan out.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
@@ -135,9 +135,11 @@ class Planner:
         overhead: Overhead = CUDA,
         graphs: bool = True,
         plain: str = "bf16",
+        upcast: Collection[str] = (),
     ) -> None:
         """graphs: whether steps run as CUDA graphs where there is room. plain: what the device
-        computes in where ``precision`` quantises: ``fp32`` on a CPU, ``fp16`` before Ampere."""
+        computes in where ``precision`` quantises: ``fp32`` on a CPU, ``fp16`` before Ampere.
+        upcast: precisions whose products are of copies in 16 bits there."""
         if precision not in PRECISIONS:
             raise InvalidInputError(
                 f"precision: expected one of {', '.join(PRECISIONS)}, found {precision}"
@@ -147,6 +149,7 @@ class Planner:
         self.overhead = overhead
         self.graphs = graphs
         self.plain = plain
+        self.upcast = upcast
 
     @cached_property
     def weights(self) -> Weights:
@@ -214,7 +217,9 @@ class Planner:
     def _what_fits(self, work: Workload, budget: int) -> str:
         ways = []
         for precision in PRECISIONS[PRECISIONS.index(self.precision) + 1 :]:
-            other = Planner(self.shapes, precision, self.overhead, self.graphs, self.plain)
+            other = Planner(
+                self.shapes, precision, self.overhead, self.graphs, self.plain, self.upcast
+            )
             if other.weights.total < self.weights.total and other.least(work).peak <= budget:
                 ways.append(precision)
                 break
@@ -236,7 +241,8 @@ class Planner:
         return None
 
     def _activations(self, work: Workload, tile: int) -> Activations:
-        return activations(self.shapes, work, self.precision, tile, self.plain)
+        upcast = self.precision in self.upcast
+        return activations(self.shapes, work, self.precision, tile, self.plain, upcast)
 
     def _evaluated(
         self, placement: Placement, acts: Activations, work: Workload, budget: int | None

@@ -28,7 +28,7 @@ from ..models.vae import Vae, pack, scale, unpack, unscale
 from ..placement import Placed
 from ..plan import Planner, gib
 from ..tensor_shapes import ModelShapes
-from .precision import choose_precision, plain
+from .precision import choose_precision, plain, upcast
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -119,7 +119,13 @@ class NativeBackend:
         channels = checkpoint.vae.config.block_out_channels
         try:
             ops = proven(
-                self._device, dtype, shape.head_dim, shape.hidden_size, kernels, channels=channels
+                self._device,
+                dtype,
+                shape.head_dim,
+                shape.hidden_size,
+                kernels,
+                channels=channels,
+                layers=self._weights.layers,
             )
         except ValueError as error:
             raise BackendUnavailableError(f"kernels: {error}") from None
@@ -250,7 +256,8 @@ class NativeBackend:
         """Within ``limit``, for an edit of the model's native size."""
         is_gpu = self._device.type == "cuda"
         overhead = CUDA if is_gpu else CPU
-        planner = Planner(shapes, self.precision, overhead, is_gpu, plain(self._device))
+        at = self._device
+        planner = Planner(shapes, self.precision, overhead, is_gpu, plain(at), upcast(at))
         native = (shapes.vae.sample_size,) * 2
         return Budget(limit, planner, Workload(native, (native,), text_tokens=text_tokens))
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ...kernels import KernelSet
+from ...kernels.chips import chip_of, unsupported
 from ..checkpoint import Checkpoint, Component
 from ..errors import BackendUnavailableError
 from ..loading import Quantised
@@ -13,6 +14,12 @@ from ..recipes import DEFAULT, RECIPES, weight_format
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = (*DTYPES, *DEFAULT)
+_OPS = {
+    "fp8-dynamic": "linear_fp8",
+    "fp8-static": "linear_fp8",
+    "nvfp4-w4a16": "linear_w4a16",
+    "nvfp4-w4a4": "linear_w4a4",
+}
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,11 @@ class Precision:
     recipe: str | None = None
     quantise: str | None = None
     as_stored: bool = True
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Ops that run the denoiser's quantised layers."""
+        return tuple(op for name, op in _OPS.items() if name == self.recipe)
 
     def weights(self, component: Component[Any], kernels: KernelSet) -> Quantised | None:
         """How to load ``component``."""
@@ -94,3 +106,11 @@ def plain(device: torch.device) -> str:
     # torch.cuda.is_bf16_supported looks at the current device, which may be another.
     old = nvidia and torch.cuda.get_device_capability(device) < (8, 0)
     return "fp16" if old else "bf16"
+
+
+def upcast(device: torch.device) -> tuple[str, ...]:
+    """Precisions whose numbers kernels multiply in 16 bits, for want of tensor cores for them."""
+    if unsupported(device):
+        return ()
+    chip = chip_of(device)
+    return tuple(name for name, has in (("fp8", chip.fp8), ("nvfp4", chip.fp4)) if not has)

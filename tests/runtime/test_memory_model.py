@@ -4,22 +4,27 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fluxkontext.kernels import KernelSet, reference
 from fluxkontext.kernels.gate_residual import gate_residual
 from fluxkontext.kernels.gelu import gelu, gelu_beside
+from fluxkontext.kernels.linear_fp8 import linear_fp8_upcast
+from fluxkontext.kernels.linear_w4a4 import linear_w4a4_upcast
 from fluxkontext.kernels.modulate import modulate, residual_modulate
 from fluxkontext.kernels.norm_rope import norm_rope
+from fluxkontext.kernels.quantize import quantize_tensor
 from fluxkontext.runtime.config import T5Config, VaeConfig
 from fluxkontext.runtime.loading import build
 from fluxkontext.runtime.memory_model import CPU, Workload, activations, t5_peak, vae_part
 from fluxkontext.runtime.memory_model import decoder_peak as decoder_model
 from fluxkontext.runtime.memory_model import encoder_peak as encoder_model
+from fluxkontext.runtime.models.quantised import QuantisedWeight, stand_in
 from fluxkontext.runtime.models.t5 import T5Encoder
-from fluxkontext.runtime.models.transformer import Flux
+from fluxkontext.runtime.models.transformer import Flux, FusedLinear
 from fluxkontext.runtime.models.vae import Vae
 from fluxkontext.runtime.plan import Planner
+from fluxkontext.runtime.recipes import takes_part
 from fluxkontext.runtime.tensor_shapes import ModelShapes
 
 from .live_bytes import LiveBytes
@@ -50,6 +55,12 @@ FUSED = replace(
     attention=attention_shape,
 )
 PLAIN = replace(reference(), attention=attention_shape)
+UPCAST = replace(
+    FUSED,
+    quantize_tensor=quantize_tensor,
+    linear_fp8=linear_fp8_upcast,
+    linear_w4a4=linear_w4a4_upcast,
+)
 
 
 @pytest.mark.parametrize("kernels", [FUSED, PLAIN], ids=["fused", "plain"])
@@ -72,7 +83,35 @@ def test_a_step_of_the_full_width(
     shapes = replace(PUBLISHED, transformer=config)
     work = Workload(target, contexts, batch, text_tokens=text)
     flux = build(lambda: Flux(config, kernels)).to(torch.bfloat16)
-    T, C = target[0] * target[1] // 256, sum(w * h for w, h in contexts) // 256
+    assert_holds(activations(shapes, work, "bf16").denoise, peak_of_a_step(flux, work))
+
+
+@pytest.mark.parametrize("form", ["fp8", "nvfp4"])
+@pytest.mark.parametrize(
+    ("target", "contexts"), [((1024, 1024), ((1024, 1024),)), ((512, 512), ())]
+)
+def test_a_step_whose_products_are_of_copies_in_16_bits(
+    form: str, target: tuple[int, int], contexts: tuple[tuple[int, int], ...]
+) -> None:
+    """Under calibrated scales, which take the most: inputs are made in 16 bits, and quantised."""
+    config = replace(PUBLISHED.transformer, depth=2, depth_single_blocks=3)
+    shapes, work = replace(PUBLISHED, transformer=config), Workload(target, contexts)
+    flux = build(lambda: Flux(config, UPCAST))
+    for name, layer in list(flux.named_modules()):
+        if isinstance(layer, nn.Linear | FusedLinear) and takes_part("transformer", name, 16):
+            weight = QuantisedWeight(form, "static", {})
+            flux.set_submodule(name, stand_in(layer, weight, UPCAST, torch.bfloat16))
+    for name, held in flux.named_parameters():
+        if held.is_floating_point() and held.itemsize > 1 and "scale" not in name:
+            held.data = held.data.to(torch.bfloat16)
+    predicted = activations(shapes, work, form, upcast=True).denoise
+    assert_holds(predicted, peak_of_a_step(flux, work))
+
+
+def peak_of_a_step(flux: Flux, work: Workload) -> int:
+    """Bytes that torch keeps alive at its fullest moment."""
+    config, batch, text = flux.config, work.batch, work.text_tokens
+    T, C = (sum(w * h for w, h in sizes) // 256 for sizes in ((work.target,), work.contexts))
 
     def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
@@ -87,7 +126,7 @@ def test_a_step_of_the_full_width(
     )
     with torch.inference_mode(), LiveBytes() as live:
         flux(*inputs)
-    assert_holds(activations(shapes, work, "bf16").denoise, live.peak)
+    return live.peak
 
 
 def test_the_modulation_of_all_steps() -> None:

@@ -168,6 +168,15 @@ def test_a_refusal_names_a_precision_only_if_it_fits() -> None:
         Planner(PUBLISHED, "nvfp4").plan(EDIT, GiB)
 
 
+def test_copies_in_16_bits_count_for_the_precisions_that_a_gpu_does_not_multiply() -> None:
+    def denoise(precision: str, upcast: tuple[str, ...]) -> int:
+        plan = Planner(PUBLISHED, precision, upcast=upcast).evaluate(Placement(), EDIT)
+        return next(stage.total for stage in plan.stages if stage.name == "denoise")
+
+    assert denoise("fp8", ("nvfp4",)) == denoise("fp8", ())
+    assert denoise("nvfp4", ("nvfp4",)) > denoise("nvfp4", ())
+
+
 # The command line
 
 
