@@ -51,8 +51,9 @@ Answers = Mapping[str, Sequence[Answer]]
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     args = _parser().parse_args(argv)
-    reference = _read(args.against) if args.against else None
     requests = draw_requests(args.samples, args.seed, args.split, args.kinds)
+    asked = _asked(args.seed, args.split, requests)
+    reference = _read(args.against, asked) if args.against else None
     chains = draw_chains(args.chains, args.turns, args.seed, args.split)
     document: dict[str, Any] = {
         "schema": SCHEMA,
@@ -167,19 +168,13 @@ def _row(answers: Sequence[Answer]) -> dict[str, float | None]:
 def comparisons(
     runs: Sequence[Mapping[str, Any]], reference: Mapping[str, Any] | None
 ) -> list[dict[str, Any]]:
-    """What each run lost and gained: against another document's first run, or else our own.
-
-    Raises InvalidInputError if the two did not answer the same requests.
-    """
+    """What each run lost and gained: against another document's first run, or else our own. All
+    answered the same requests."""
     first = reference["runs"][0] if reference else runs[0]
     found = []
     for run in runs:
         if run is first:
             continue
-        if {k: len(v) for k, v in run["scores"].items()} != {
-            k: len(v) for k, v in first["scores"].items()
-        }:
-            raise InvalidInputError("against: expected the same kinds and samples, found others")
         for name, kinds in {**_TOGETHER, "all": KINDS}.items():
             chosen = [kind for kind in kinds if kind in run["scores"]]
             ours, theirs = (
@@ -215,7 +210,16 @@ def _pipelines(args: argparse.Namespace) -> Iterator[tuple[str, KontextPipeline]
             yield f"{pipe.about['backend']} {pipe.about['precision']}", pipe
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _asked(seed: int, split: str, by_kind: Mapping[str, Sequence[object]]) -> dict[str, object]:
+    """What makes requests those that they are, by its name in a message. by_kind: these, or their
+    scores."""
+    samples = {f"samples of {kind}": len(each) for kind, each in by_kind.items()}
+    return {"seed": seed, "split": split, **samples}
+
+
+def _read(file: Path, asked: Mapping[str, object]) -> dict[str, Any]:
+    """A document to compare with. Raises InvalidInputError for what is none, or answers others than
+    the requests ``asked``."""
     try:
         document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -223,6 +227,17 @@ def _read(file: Path) -> dict[str, Any]:
     if document.get("schema") != SCHEMA or not document.get("runs"):
         raise InvalidInputError(
             f"{file}: expected a quality.json of schema {SCHEMA}, found another"
+        )
+    theirs = _asked(document["seed"], document["split"], document["runs"][0]["scores"])
+    differ = [
+        f"{what} {theirs.get(what, 'none')} instead of {asked.get(what, 'none')}"
+        for what in {**asked, **theirs}
+        if asked.get(what) != theirs.get(what)
+    ]
+    if differ:
+        raise InvalidInputError(
+            f"{file}: expected answers to the same requests, found {', '.join(differ)}; "
+            "--seed, --split, --samples and --kinds have to be the same"
         )
     return document
 

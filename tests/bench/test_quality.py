@@ -25,6 +25,7 @@ from fluxkontext.bench.mini.score import EditScore
 from fluxkontext.bench.report.command import main as report
 from fluxkontext.bench.synthetic import write_checkpoint
 from fluxkontext.runtime.cli import main
+from fluxkontext.runtime.errors import InvalidInputError
 
 from ..conftest import small_spec
 
@@ -101,7 +102,7 @@ def test_a_chain_is_fed_its_own_outcomes() -> None:
     assert np.array_equal(seen[1], 255 - seen[0])
 
 
-def test_comparisons_need_the_same_requests() -> None:
+def test_comparisons_count_what_was_lost() -> None:
     score = EditScore(True, True, True, False, 40.0)
     better, worse = (
         {"backend": "a", "precision": p, "steps": 1, "scores": {"move": [row]}}
@@ -113,8 +114,27 @@ def test_comparisons_need_the_same_requests() -> None:
         ("all", 1, 0),
     ]
     assert quality.comparisons([worse], {"runs": [better]})[0]["lost"] == 1
-    with pytest.raises(ValueError, match="same kinds and samples"):
-        quality.comparisons([{**worse, "scores": {"move": []}}], {"runs": [better]})
+
+
+@pytest.mark.parametrize(
+    ("options", "differs"),
+    [
+        (["--seed", "3"], "seed 0 instead of 3;"),
+        (["--split", "train"], "split held_out instead of train;"),
+        (["--samples", "1"], "samples of move 2 instead of 1;"),
+        (["--kinds", "swap"], "samples of swap none instead of 2, samples of move 2 instead of"),
+    ],
+)
+def test_other_requests_are_refused_before_a_model_is_loaded(
+    tmp_path: Path, options: list[str], differs: str
+) -> None:
+    file = tmp_path / "quality.json"
+    runs = [{"scores": {"move": [[], []]}}]
+    file.write_text(json.dumps({"schema": 1, "seed": 0, "split": "held_out", "runs": runs}))
+    run = ["--model", str(tmp_path / "none"), "--out", str(tmp_path / "out"), "--samples", "2"]
+    with pytest.raises(InvalidInputError, match=f"found {differs}"):
+        quality.main([*run, "--kinds", "move", *options, "--against", str(file)])
+    assert not (tmp_path / "out").exists()
 
 
 def vars_of(score: EditScore) -> list[Any]:
