@@ -19,6 +19,7 @@ from ..runtime import KontextPipeline
 from ..runtime.commands.parsing import Parser, count, kernel
 from ..runtime.errors import BackendUnavailableError, InvalidInputError, KontextError
 from .ceilings import measured as ceilings_of
+from .ceilings import refuse_impossible
 from .cold import cold_rounds
 from .contestants import (
     MEMO,
@@ -41,7 +42,7 @@ from .nvml import state_warnings
 from .options import add_effort, common, deliver, effort_of, several, whole
 from .peers import PEERS
 from .ratio import CONFIDENCE, ratio_of_medians
-from .roofline import edit_flop, refuse_impossible
+from .roofline import edit_flop
 from .scenarios import SUITE, Work, works
 from .tables import latency_table
 from .threads import on_cpu, threads
@@ -102,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 done["flop"] = edit_flop(
                     model.shapes.transformer, _as(parameters, one), done["forwards"]
                 )
-                refuse_impossible(name, done["flop"], min(samples), ceilings)
+                refuse_impossible(name, done["flop"], min(samples), ceilings, base.device)
             rows.append(
                 result(
                     name,

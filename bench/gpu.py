@@ -26,6 +26,7 @@ from ..runtime.errors import (
 from ..runtime.geometry import Grid
 from ..runtime.plan import gib
 from .ceilings import measured as ceilings_of
+from .ceilings import refuse_impossible
 from .document import FAILED, Json, distribution, document, reason_of, result, warning, write
 from .drawn import MODELS, Drawn
 from .edit import label, measure
@@ -34,7 +35,7 @@ from .measure import OtherLoad, sample_warnings, throughput
 from .models import shapes_of
 from .nvml import state_warnings
 from .options import add_effort, common, deliver, effort_of, several, whole
-from .roofline import refuse_impossible, roofline, step_cost
+from .roofline import roofline, step_cost
 from .scenarios import Work, works
 from .tables import latency_table
 from .threads import threads
@@ -189,7 +190,7 @@ def _climbed(
                         row, doubts = measure(pipe, work, limits, bar, shapes_of(model.spec))
                     except OutOfMemoryError as error:
                         row, doubts = _skipped(model, work, rung, device, args, error), []
-                    row = _with_roofline(model, row, ceilings)
+                    row = _with_roofline(model, row, ceilings, device)
                 done += 1
                 yield row, doubts
     except Exception as error:
@@ -232,7 +233,7 @@ def _loaded(
         torch.cuda.empty_cache()
 
 
-def _with_roofline(model: Drawn, row: Json, ceilings: Json) -> Json:
+def _with_roofline(model: Drawn, row: Json, ceilings: Json, device: str) -> Json:
     """The row with the floor of its steps. Raises KontextError if it is faster than can be."""
     if row["latency"] is None:
         return row
@@ -240,7 +241,7 @@ def _with_roofline(model: Drawn, row: Json, ceilings: Json) -> Json:
     precision = parameters["precision"]
     cost = step_cost(model.spec.transformer, parameters["tokens"], parameters["batch"], precision)
     step = row["step"]["p50"]
-    refuse_impossible(row["name"], cost.flop, step, ceilings)
+    refuse_impossible(row["name"], cost.flop, step, ceilings, device)
     attention_fp8 = "attend=fp8" in row["details"].get("kernels", "").split()
     return {**row, "roofline": roofline(cost, precision, ceilings, step, attention_fp8)}
 

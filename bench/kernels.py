@@ -14,10 +14,11 @@ import torch
 
 from ..kernels.chips import CHIPS, chip_of, unsupported
 from ..runtime.commands.parsing import Parser, count
-from ..runtime.errors import BackendUnavailableError, InvalidInputError
+from ..runtime.errors import BackendUnavailableError, InvalidInputError, KontextError
 from . import kernel_cpu, kernel_timed
 from .ceilings import measured as ceilings_of
-from .document import Json, distribution, document, reason_of, result
+from .ceilings import refuse_impossible
+from .document import FAILED, Json, distribution, document, reason_of, result, warning, write
 from .environment import environment, git_state, git_warnings, reader_of
 from .gpu_timing import milliseconds
 from .kernel_static import as_json, as_table, static_rows
@@ -25,7 +26,6 @@ from .kernel_timed import Timed
 from .measure import Effort, OtherLoad, interleaved, sample_warnings
 from .nvml import state_warnings
 from .options import common, deliver
-from .roofline import refuse_impossible
 from .tables import latency_table
 from .threads import on_cpu, threads
 
@@ -38,16 +38,19 @@ _MODEL: Json = {"digest": "synthetic", "synthetic": True, "parameters": None}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; with --static, 1 if a kernel must not be launched as it is."""
+    """Command line; 1 after a fault and, with --static, if a kernel must not be launched as it
+    is."""
     args = _parser().parse_args(argv)
     if args.static:
         return _static(args)
     device = _device(args.device)
     command = ["fluxkontext", "bench", "kernels", *(sys.argv[1:] if argv is None else argv)]
     with threads(args.threads, device), torch.inference_mode():
-        found = _document(args, device, command)
+        for found in _measured(args, device, command):
+            if args.out:  # whatever happens next, this much is there
+                write(found, args.out)
     deliver(found, args, latency_table(found))
-    return 0
+    return 1 if any(doubt["kind"] == FAILED for doubt in found["warnings"]) else 0
 
 
 def _static(args: argparse.Namespace) -> int:
@@ -75,39 +78,50 @@ def _device(asked: str) -> str:
     return asked
 
 
-def _document(args: argparse.Namespace, device: str, command: Sequence[str]) -> Json:
+def _measured(args: argparse.Namespace, device: str, command: Sequence[str]) -> Iterator[Json]:
+    """The document as far as it goes, after each problem. A fault that none of an op's
+    implementations may have ends it, since a GPU's state is unknown after it."""
     others, reader = OtherLoad(), reader_of(device)
     ceilings = ceilings_of(device)
     before = reader.state() if reader else None
     rows: list[Json] = []
     doubts: list[Json] = []
-    for problem in _problems(device):
-        if args.kernel not in problem.kernel:
-            continue
-        for row in rows_of(problem, device, args.samples, ceilings):
-            rows.append(row)
-            if row["latency"]:
-                doubts += sample_warnings(row["latency"]["values"], row["name"])
-    if not rows:
-        raise InvalidInputError(f"--kernel: expected a part of a name, found {args.kernel!r}")
-    after = reader.state() if reader else None
     git, size = git_state(), "miniature" if device == "cpu" else "full"
-    return document(
-        "kernels",
-        SUITE,
-        git=git,
-        command=command,
-        model={"name": f"{size} size, random numbers", **_MODEL},
-        environment=environment(device, before, after),
-        warnings=[
-            *git_warnings(git),
-            *doubts,
-            *state_warnings([before, after], None),
-            *others.warnings(),
-        ],
-        results=rows,
-        ceilings=ceilings,
-    )
+
+    def so_far() -> Json:
+        after = reader.state() if reader else None
+        return document(
+            "kernels",
+            SUITE,
+            git=git,
+            command=command,
+            model={"name": f"{size} size, random numbers", **_MODEL},
+            environment=environment(device, before, after),
+            warnings=[
+                *git_warnings(git),
+                *doubts,
+                *state_warnings([before, after], None),
+                *others.warnings(),
+            ],
+            results=rows,
+            ceilings=ceilings,
+        )
+
+    try:
+        for problem in _problems(device):
+            if args.kernel not in problem.kernel:
+                continue
+            for row, found in rows_of(problem, device, args.samples, ceilings):
+                rows.append(row)
+                doubts += found
+            if device != "cpu":
+                torch.cuda.synchronize(device)  # raises what a call has left behind
+            yield so_far()
+    except Exception as error:
+        doubts.append(warning(FAILED, reason_of(error)))
+        yield so_far()
+    if not rows and not doubts:
+        raise InvalidInputError(f"--kernel: expected a part of a name, found {args.kernel!r}")
 
 
 def _problems(device: str) -> Iterator[Timed]:
@@ -119,18 +133,30 @@ def _problems(device: str) -> Iterator[Timed]:
         yield from kernel_timed.problems(chip_of(torch.device(device)))
 
 
-def rows_of(problem: Timed, device: str, samples: int, ceilings: Json) -> Iterator[Json]:
-    """A result of every implementation; one that cannot run here is a row that says why."""
-    taken, reasons = (_on_cpu if device == "cpu" else _on_gpu)(problem.runs, samples)
+def rows_of(
+    problem: Timed, device: str, samples: int, ceilings: Json
+) -> Iterator[tuple[Json, list[Json]]]:
+    """A result of every implementation, and the doubts about it; one that cannot run here, or was
+    faster than can be, is a row that says why."""
+    taken, reasons = (
+        _on_cpu(problem.runs, samples)
+        if device == "cpu"
+        else _on_gpu(problem.runs, device, samples)
+    )
     for name in problem.runs:
         label, parameters = f"{problem.kernel}: {name}", _parameters(problem, name, device)
         if name in reasons:
-            yield result(label, problem.kernel, parameters, reason=reasons[name])
+            yield result(label, problem.kernel, parameters, reason=reasons[name]), []
+            continue
+        try:
+            if problem.flops and problem.ceiling in ceilings["flops"]:
+                refuse_impossible(label, problem.flops, min(taken[name]), ceilings, device)
+        except KontextError as error:
+            row = result(label, problem.kernel, parameters, reason=reason_of(error))
+            yield row, [warning(FAILED, row["reason"], label)]
             continue
         latency = distribution(taken[name])
-        if problem.flops and problem.ceiling in ceilings["flops"]:
-            refuse_impossible(label, problem.flops, min(taken[name]), ceilings)
-        yield result(
+        row = result(
             label,
             problem.kernel,
             parameters,
@@ -138,16 +164,17 @@ def rows_of(problem: Timed, device: str, samples: int, ceilings: Json) -> Iterat
             latency=latency,
             roofline=_roofline(problem, latency["p50"], ceilings),
         )
+        yield row, sample_warnings(taken[name], label)
 
 
 def _on_gpu(
-    runs: Mapping[str, Callable[[], object]], samples: int
+    runs: Mapping[str, Callable[[], object]], device: str, samples: int
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Seconds by implementation, and why others cannot run."""
     taken, reasons = {}, {}
     for name, work in runs.items():
         try:
-            taken[name] = [ms / 1e3 for ms in milliseconds(work, samples, _WARMUP)]
+            taken[name] = [ms / 1e3 for ms in milliseconds(work, device, samples, _WARMUP)]
         except Exception as error:  # a peer that this machine lacks is a row, not the end
             reasons[name] = reason_of(error)
     return taken, reasons

@@ -1,6 +1,7 @@
 """The benchmark of the kernels, as far as it goes without a GPU."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fluxkontext.bench import diff, kernel_cpu, kernel_timed, kernels
 from fluxkontext.bench.document import distribution, read
+from fluxkontext.bench.gpu_timing import milliseconds
 from fluxkontext.bench.kernel_timed import Timed
 from fluxkontext.kernels.candidates import CANDIDATES
 from fluxkontext.kernels.chips import CHIPS, Chip
 from fluxkontext.kernels.launch import Launch
-from fluxkontext.runtime.errors import BackendUnavailableError, InvalidInputError, KontextError
+from fluxkontext.runtime.errors import BackendUnavailableError, InvalidInputError
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=lambda chip: f"sm_{chip.sm}")
@@ -91,22 +93,61 @@ def test_a_kernel_slowed_on_purpose_is_caught(
 
 
 def test_a_peer_that_cannot_run_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "milliseconds", lambda work, samples, warmup: [work()] * samples)
+    monkeypatch.setattr(kernels, "milliseconds", lambda work, _, samples, __: [work()] * samples)
 
     def absent() -> float:
         raise RuntimeError("no\n such library")
 
     problem = Timed("attention", 1000, 10**9, "bf16", {"triton": lambda: 2.0, "cudnn": absent})
     best = {"flops": {"bf16": distribution([1e12], "FLOP/s")}, "copy": distribution([1e12], "B/s")}
-    ours, theirs = kernels.rows_of(problem, "cuda:0", 3, best)
+    (ours, few), (theirs, none) = kernels.rows_of(problem, "cuda:0", 3, best)
     assert ours["latency"]["p50"] == pytest.approx(0.002)
     assert ours["roofline"]["share"] == pytest.approx(0.5)
     assert ours["roofline"]["bound"] == "flop"
     assert theirs["status"] == "skipped"
     assert theirs["reason"] == "RuntimeError: no such library"
+    assert [doubt["kind"] for doubt in few] == ["few_samples"]
+    assert none == []
     impossible = Timed("attention", 1000, 10**9, "bf16", {"triton": lambda: 0.5})
-    with pytest.raises(KontextError, match="expected at most 1e\\+12 FLOP/s"):
-        list(kernels.rows_of(impossible, "cuda:0", 3, best))
+    ((refused, failed),) = kernels.rows_of(impossible, "cuda:0", 3, best)
+    assert refused["status"] == "skipped"
+    assert "expected at most 1e+12 FLOP/s" in refused["reason"]
+    assert [(doubt["kind"], doubt["result"]) for doubt in failed] == [("failed", refused["name"])]
+
+
+def test_a_fault_ends_the_run_and_loses_nothing_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where the next problem cannot even be set up after a kernel's fault."""
+    file, (first, *_) = tmp_path / "kernels.json", kernel_cpu.problems()
+
+    def problems() -> Iterator[Timed]:
+        yield first
+        assert {row["scenario"] for row in read(file)["results"]} == {first.kernel}
+        raise RuntimeError("CUDA error: an illegal memory access\nwas encountered")
+
+    monkeypatch.setattr(kernel_cpu, "problems", problems)
+    options = ["--device", "cpu", "--quiet", "--samples", "2", "--out", str(file)]
+    assert kernels.main(options) == 1
+    found = read(file)
+    assert [row["status"] for row in found["results"]] == ["measured"] * len(first.runs)
+    reason = "RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert [w["text"] for w in found["warnings"] if w["kind"] == "failed"] == [reason]
+
+
+@pytest.mark.gpu
+def test_a_second_gpu_is_timed_by_itself() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    x, at = torch.ones(2**20, device="cuda:1"), set()
+
+    def work() -> None:
+        at.add((torch.cuda.current_device(), torch.cuda.current_stream().device.index))
+        x.add_(1)
+
+    assert min(milliseconds(work, "cuda:1", 3, 1)) > 0
+    assert at == {(1, 1)}
+    assert torch.cuda.current_device() == 0
 
 
 def test_what_is_not_there_is_said() -> None:

@@ -7,16 +7,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from fluxkontext.bench.ceilings import SLACK, refuse_impossible
 from fluxkontext.bench.document import distribution
 from fluxkontext.bench.mini.training.spec import MINI
 from fluxkontext.bench.ratio import ratio_of_medians
-from fluxkontext.bench.roofline import (
-    SLACK,
-    edit_flop,
-    refuse_impossible,
-    roofline,
-    step_cost,
-)
+from fluxkontext.bench.roofline import edit_flop, roofline, step_cost
 from fluxkontext.kernels import reference
 from fluxkontext.runtime.config import TransformerConfig
 from fluxkontext.runtime.errors import KontextError
@@ -107,9 +102,20 @@ def test_few_tokens_are_bound_by_the_weights() -> None:
 
 def test_what_is_faster_than_the_device_is_refused() -> None:
     best = ceilings(fp32=1e12)
-    refuse_impossible("x", 1e12, 1 / SLACK * 1.001, best)
+    refuse_impossible("x", 1e12, 1 / SLACK * 1.001, best, "cuda:0")
     with pytest.raises(KontextError, match=r"x: expected at most 1e\+12 FLOP/s.*found 2e\+12"):
-        refuse_impossible("x", 1e12, 0.5, best)
+        refuse_impossible("x", 1e12, 0.5, best, "cuda:0")
+
+
+def test_ceilings_of_a_busy_cpu_are_measured_anew_before_a_figure_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fluxkontext.bench.ceilings._AGAIN", 1)
+    busy = ceilings(fp32=1e3)
+    refuse_impossible("x", 1e6, 1.0, busy, "cpu")
+    with pytest.raises(KontextError, match=r"found 1e\+18") as caught:
+        refuse_impossible("x", 1e18, 1.0, busy, "cpu")
+    assert "at most 1e+03" not in str(caught.value)
 
 
 def test_an_edit_has_all_its_steps() -> None:
