@@ -3,7 +3,6 @@
 import argparse
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,7 +17,7 @@ from ..runtime.tensor_shapes import ModelShapes
 from .cold import cold_rounds, command_of
 from .document import Json, distribution, document, result
 from .environment import environment, git_state, git_warnings, reader_of
-from .measure import Effort, OtherLoad, energy, interleaved, sample_warnings, throughput
+from .measure import Effort, OtherLoad, Shared, energy, interleaved, sample_warnings, throughput
 from .memory import Peak
 from .models import Model, opened
 from .nvml import state_warnings
@@ -78,13 +77,14 @@ def measured(
 ) -> Iterator[tuple[Json, list[Json]]]:
     """A result of each work, and the doubts about it. Time that one leaves is the next ones'."""
     effort = effort_of(args)
-    end = effort.seconds and time.perf_counter() + effort.seconds / len(args.precision)
+    spare = Shared(effort.seconds and effort.seconds / len(args.precision), len(todo))
     calls = len(todo) * (effort.warmup + effort.rounds) if effort.rounds else None
     with tqdm(total=calls, disable=True if args.quiet else None, unit="call", leave=False) as bar:
-        for i, work in enumerate(todo):
+        for work in todo:
             bar.set_description(label(work, pipe))
-            left = end and max(0.0, end - time.perf_counter()) / (len(todo) - i)
-            yield measure(pipe, work, replace(effort, seconds=left), bar, shapes)
+            with spare.share() as seconds:
+                found = measure(pipe, work, replace(effort, seconds=seconds), bar, shapes)
+            yield found
 
 
 def measure(

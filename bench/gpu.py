@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from tqdm import tqdm
 
+from ..kernels.candidates import CANDIDATES
 from ..runtime import KontextPipeline
 from ..runtime.budget import parse_bytes
 from ..runtime.commands.parsing import Parser
@@ -31,7 +32,7 @@ from .document import FAILED, Json, distribution, document, reason_of, result, w
 from .drawn import MODELS, Drawn
 from .edit import label, measure
 from .environment import environment, git_state, git_warnings, reader_of
-from .measure import OtherLoad, sample_warnings, throughput
+from .measure import OtherLoad, Shared, sample_warnings, throughput
 from .models import shapes_of
 from .nvml import state_warnings
 from .options import add_effort, common, deliver, effort_of, several, whole
@@ -50,6 +51,11 @@ _WORKS = (
     ("edit", 8, 4),
 )
 """Scenario, steps and batch. The first is the headline."""
+_LEAST = 5
+_LEAST_OF_HEADLINE = 8
+"""Rounds, however long they take: fewer can hardly show a regression to ``bench diff``."""
+_SUSTAINED = "sustained "
+"""What the name of a sustained run begins with."""
 _LADDER = {"cuda": ["bf16", "fp8", "fp8:attend=fp8", "nvfp4"], "cpu": ["fp32", "bf16"]}
 
 
@@ -93,15 +99,19 @@ def _rated(args: argparse.Namespace, device: str, command: Sequence[str]) -> Ite
             headline=best and headline(best),
         )
 
-    for rung in ladder:
-        for row, found in _climbed(model, rung, device, args, ceilings, len(ladder)):
+    todo = _works(model)[: 1 if args.headline else None]
+    spare = Shared(effort_of(args).seconds, len(ladder) * len(todo))
+    rung_of: dict[str, Rung] = {}
+    for i, rung in enumerate(ladder):
+        spare.works = (len(ladder) - i) * len(todo)  # also where one before failed half-way
+        for row, found in _climbed(model, rung, device, args, ceilings, todo, spare):
             rows.append(row)
+            rung_of[row["name"]] = rung
             doubts += found
         yield so_far()
     best = _best(rows)
     if best and args.sustain:
-        rung = next(it for it in ladder if best["name"].endswith(it.label(args.vram_budget)))
-        row, found = _sustained(model, rung, device, args)
+        row, found = _held(model, rung_of[best["name"]], device, args)
         rows.append(row)
         doubts += found
         yield so_far()
@@ -123,7 +133,13 @@ class Rung:
                 f"--precision: expected PRECISION[:OP=NAME ...], such as fp8:attend=fp8, "
                 f"found {odd[0]} in {text}"
             )
-        return cls(precision, dict(pair.split("=", 1) for pair in pairs))
+        kernels = dict(pair.split("=", 1) for pair in pairs)
+        if unknown := kernels.keys() - CANDIDATES.keys():
+            raise InvalidInputError(
+                f"--precision: expected ops out of {', '.join(CANDIDATES)}, "
+                f"found {min(unknown)} in {text}"
+            )
+        return cls(precision, kernels)
 
     def label(self, budget: int | None) -> str:
         """What the name of a result ends with, as :func:`.edit.label` has it."""
@@ -158,8 +174,13 @@ def _device(asked: str) -> str:
     return asked
 
 
-def _works(grid: Grid) -> list[Work]:
-    return [works([name], grid, [steps], [batch])[0] for name, steps, batch in _WORKS]
+def _grid(model: Drawn) -> Grid:
+    vae = model.spec.vae
+    return Grid(2 * vae.downscale, vae.sample_size)
+
+
+def _works(model: Drawn) -> list[Work]:
+    return [works([name], _grid(model), [steps], [batch])[0] for name, steps, batch in _WORKS]
 
 
 def _climbed(
@@ -168,36 +189,35 @@ def _climbed(
     device: str,
     args: argparse.Namespace,
     ceilings: Json,
-    rungs: int,
+    todo: Sequence[Work],
+    spare: Shared,
 ) -> Iterator[tuple[Json, list[Json]]]:
-    """The suite on one rung; what does not fit, cannot run here or fails is a row that says so.
+    """The works on one rung; what does not fit, cannot run here or fails is a row that says so.
+    Time that one leaves is the next ones'.
 
     An error that is none of ours ends the rung, since a GPU's state is unknown after it, but not
     the others.
     """
-    vae = model.spec.vae
-    todo = _works(Grid(2 * vae.downscale, vae.sample_size))[: 1 if args.headline else None]
-    effort = effort_of(args)
-    seconds = effort.seconds and effort.seconds / rungs / len(todo)
     disabled = True if args.quiet else None
-    done = 0
+    headline = _works(model)[0]
+    left = list(todo)
     try:
         with _loaded(model, rung, device, args) as pipe:
             for work in todo:
-                with tqdm(disable=disabled, desc=label(work, pipe), leave=False) as bar:
-                    limits = replace(effort, seconds=seconds)
+                least = _LEAST_OF_HEADLINE if work == headline else _LEAST
+                bar = tqdm(disable=disabled, desc=label(work, pipe), leave=False)
+                with bar, spare.share() as seconds:
+                    limits = replace(effort_of(args), seconds=seconds, least=least)
                     try:
                         row, doubts = measure(pipe, work, limits, bar, shapes_of(model.spec))
                     except OutOfMemoryError as error:
-                        row, doubts = _skipped(model, work, rung, device, args, error), []
+                        row, doubts = _skipped(model, work, rung, device, args, error)
                     row = _with_roofline(model, row, ceilings, device)
-                done += 1
+                left.remove(work)
                 yield row, doubts
     except Exception as error:
-        expected = isinstance(error, BackendUnavailableError | OutOfMemoryError)
-        for work in todo[done:]:
-            row = _skipped(model, work, rung, device, args, error)
-            yield row, [] if expected else [warning(FAILED, row["reason"], row["name"])]
+        for work in left:
+            yield _skipped(model, work, rung, device, args, error)
 
 
 def _skipped(
@@ -207,30 +227,33 @@ def _skipped(
     device: str,
     args: argparse.Namespace,
     error: Exception,
-) -> Json:
-    vae = model.spec.vae
-    grid = Grid(2 * vae.downscale, vae.sample_size)
+    how: str = "",
+) -> tuple[Json, list[Json]]:
+    """A row that says why there is nothing, and a doubt about it unless that is to be expected."""
     parameters = {
-        **work.shape(grid, model.spec.text_length),
+        **work.shape(_grid(model), model.spec.text_length),
         "precision": rung.precision,
         "backend": "native",
         "device": device,
         "implementation": "fluxkontext",
     }
-    name = f"{work.name}, {rung.label(args.vram_budget)}"
-    return result(name, work.scenario, parameters, reason=reason_of(error))
+    name = f"{how}{work.name}, {rung.label(args.vram_budget)}"
+    row = result(name, work.scenario, parameters, reason=reason_of(error))
+    expected = isinstance(error, BackendUnavailableError | OutOfMemoryError)
+    return row, [] if expected else [warning(FAILED, row["reason"], name)]
 
 
 @contextmanager
 def _loaded(
     model: Drawn, rung: Rung, device: str, args: argparse.Namespace
 ) -> Iterator[KontextPipeline]:
-    """For this block; its memory is given back, or the next precision would not fit."""
-    with model.pipeline(rung.precision, device, args.vram_budget, rung.kernels) as pipe:
-        yield pipe
+    """For this block, once the memory of another, which may have failed, is given back: both would
+    not fit."""
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
+    with model.pipeline(rung.precision, device, args.vram_budget, rung.kernels) as pipe:
+        yield pipe
 
 
 def _with_roofline(model: Drawn, row: Json, ceilings: Json, device: str) -> Json:
@@ -259,6 +282,17 @@ def _best(rows: Sequence[Json]) -> Json | None:
     return min(those, key=lambda row: float(row["latency"]["p50"]), default=None)
 
 
+def _held(
+    model: Drawn, rung: Rung, device: str, args: argparse.Namespace
+) -> tuple[Json, list[Json]]:
+    """:func:`_sustained`, or why there is none: a later rung's fault may have left no GPU to it."""
+    try:
+        return _sustained(model, rung, device, args)
+    except Exception as error:
+        work = _works(model)[0]
+        return _skipped(model, work, rung, device, args, error, _SUSTAINED)
+
+
 def _sustained(
     model: Drawn, rung: Rung, device: str, args: argparse.Namespace
 ) -> tuple[Json, list[Json]]:
@@ -267,8 +301,8 @@ def _sustained(
     reader = reader_of(device)
     series: list[Json] = []
     with _loaded(model, rung, device, args) as pipe:
-        work = _works(pipe.grid)[0]
-        name, arguments = f"sustained {label(work, pipe)}", work.arguments()
+        work = _works(model)[0]
+        name, arguments = f"{_SUSTAINED}{label(work, pipe)}", work.arguments()
         pipe(**arguments)
         since = time.perf_counter()
         with tqdm(disable=True if args.quiet else None, desc=name, leave=False) as bar:

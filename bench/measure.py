@@ -3,7 +3,8 @@
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from .report.wording import seconds
 FEW = 10
 """Fewer samples hardly show their own spread."""
 LEAST = 3
-"""Rounds, however long they take."""
+"""Rounds of most benchmarks, however long they take."""
 DRIFT = 0.1
 """Of the median between the halves of a run: with more, the machine itself changed."""
 OTHER_LOAD = 0.1
@@ -27,11 +28,12 @@ _STAT = Path("/proc/stat")
 @dataclass(frozen=True)
 class Effort:
     """How long to measure: ``rounds`` or ``seconds``, whichever ends first (None: no such limit),
-    but a few rounds in any case; after ``warmup`` rounds that do not count."""
+    but ``least`` rounds however long they take; after ``warmup`` rounds that do not count."""
 
     warmup: int
     rounds: int | None
     seconds: float | None = None
+    least: int = LEAST
 
     def __post_init__(self) -> None:
         """One limit has to be there."""
@@ -42,7 +44,29 @@ class Effort:
         """Whether another round is due. since: ``time.perf_counter()`` at the first."""
         if self.rounds is not None and done >= self.rounds:
             return False
-        return done < LEAST or self.seconds is None or time.perf_counter() - since < self.seconds
+        if done < self.least or self.seconds is None:
+            return True
+        return time.perf_counter() - since < self.seconds
+
+
+@dataclass
+class Shared:
+    """Seconds (None: no limit) for ``works``, of which each has an equal share of what those before
+    it have left."""
+
+    seconds: float | None
+    works: int
+
+    @contextmanager
+    def share(self) -> Iterator[float | None]:
+        """Of the next work, which is done in this block."""
+        begun = time.perf_counter()
+        try:
+            yield None if self.seconds is None else self.seconds / self.works
+        finally:
+            self.works -= 1
+            if self.seconds is not None:
+                self.seconds = max(0.0, self.seconds - (time.perf_counter() - begun))
 
 
 def interleaved(

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -295,6 +296,102 @@ def test_what_fails_is_a_row_and_the_rest_goes_on(
     reason = "RuntimeError: CUDA error: an illegal memory access was encountered"
     assert {row["reason"] for row in found["results"][2:5]} == {reason}
     assert [w["text"] for w in found["warnings"] if w["kind"] == "failed"] == [reason] * 3
+
+
+def small_suite(monkeypatch: pytest.MonkeyPatch, file: Path, *options: str) -> int:
+    """The exit code of `bench gpu` on a small model, on the CPU."""
+    spec = small_spec()
+    small = Drawn("small", spec, lambda where: write_tokenizers(where, spec.text_length))
+    monkeypatch.setitem(MODELS, "small", small)
+    usual = ["--spec", "small", "--device", "cpu", "--quiet", "--headline", "--warmup", "0"]
+    return gpu.main([*usual, "--out", str(file), *options])
+
+
+def test_a_sustained_run_that_fails_is_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a kernel's fault in the second rung, whose context is dead for the first one too."""
+    file, fault = tmp_path / "gpu.json", "CUDA error: an illegal memory access was encountered"
+    begun: list[Work] = []
+    loaded = gpu._loaded
+
+    def measure(pipe: KontextPipeline, work: Work, *rest: Any) -> Any:
+        begun.append(work)
+        if len(begun) == 2:
+            raise RuntimeError(fault)
+        return edit.measure(pipe, work, *rest)
+
+    def dead_at_last(*given: Any) -> Any:
+        if len(begun) == 2:
+            raise RuntimeError(fault)
+        return loaded(*given)
+
+    monkeypatch.setattr(gpu, "measure", measure)
+    monkeypatch.setattr(gpu, "_loaded", dead_at_last)
+    options = ["--precision", "fp32,bf16", "--rounds", "1", "--sustain", "1"]
+    assert small_suite(monkeypatch, file, *options) == 1
+    found = read(file)
+    assert [row["status"] for row in found["results"]] == ["measured", "skipped", "skipped"]
+    last = found["results"][-1]
+    assert last["name"] == f"sustained {found['results'][0]['name']}"
+    failed = [w for w in found["warnings"] if w["kind"] == "failed"]
+    assert [w["result"] for w in failed] == [row["name"] for row in found["results"][1:]]
+    assert {w["text"] for w in failed} == {f"RuntimeError: {fault}"}
+
+
+def test_a_precision_of_its_own_choice_is_sustained_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "gpu.json"
+    options = ["--precision", "auto", "--rounds", "1", "--sustain", "1"]
+    assert small_suite(monkeypatch, file, *options) == 0
+    first, last = read(file)["results"]
+    assert last["name"] == f"sustained {first['name']}"
+
+
+def test_time_that_a_rung_leaves_is_the_next_ones_and_the_headline_has_its_rounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[float | None] = []
+
+    def measure(pipe: KontextPipeline, work: Work, effort: Any, *rest: Any) -> Any:
+        given.append(effort.seconds)
+        return edit.measure(pipe, work, effort, *rest)
+
+    monkeypatch.setattr(gpu, "measure", measure)
+    file = tmp_path / "gpu.json"
+    options = ["--precision", "nonsense,fp32", "--minutes", "0.001", "--sustain", "0"]
+    assert small_suite(monkeypatch, file, *options) == 0
+    assert given == [pytest.approx(0.06)]
+    assert read(file)["results"][-1]["latency"]["count"] >= 8
+
+
+def test_an_op_that_is_not_there_is_told_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(gpu, "ceilings_of", lambda device: pytest.fail("measured"))
+    with pytest.raises(InvalidInputError, match="found atend in fp8:atend=fp8"):
+        small_suite(monkeypatch, tmp_path / "gpu.json", "--precision", "fp8:atend=fp8")
+
+
+def test_the_memory_of_a_failed_model_is_given_back_before_the_next_is_loaded() -> None:
+    """Also what only the collector finds."""
+
+    class Cycle:
+        def __init__(self) -> None:
+            self.own = self
+
+    class Next(Drawn):
+        def pipeline(self, *given: Any) -> KontextPipeline:
+            assert failed() is None
+            return super().pipeline(*given)
+
+    spec = small_spec()
+    model = Next("small", spec, lambda where: write_tokenizers(where, spec.text_length))
+    args = gpu._parser().parse_args([])
+    failed = weakref.ref(Cycle())
+    with gpu._loaded(model, gpu.Rung.of("fp32"), "cpu", args) as pipe:
+        assert pipe.about["precision"] == "fp32"
 
 
 def test_the_headline_is_of_the_fastest_single_edit(rated: dict[str, Any]) -> None:
