@@ -127,7 +127,7 @@ class StageClock:
         if not self._events:
             return now
         event = self._events.Event(enable_timing=True)
-        event.record()
+        event.record(self._events.current_stream(self.device))
         return event
 
 

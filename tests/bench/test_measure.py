@@ -13,11 +13,11 @@ import pytest
 
 from fluxkontext.bench import environment, measure
 from fluxkontext.bench.document import distribution
-from fluxkontext.bench.measure import Effort, OtherLoad, interleaved, sample_warnings
+from fluxkontext.bench.measure import Effort, OtherLoad, Shared, interleaved, sample_warnings
 from fluxkontext.bench.memory import Peak, larger, resident
 from fluxkontext.bench.nvml import Nvml, reasons_of, state_warnings
 from fluxkontext.bench.scenarios import works
-from fluxkontext.bench.stages import Stages, timed
+from fluxkontext.bench.stages import StageClock, Stages, timed
 from fluxkontext.runtime import KontextPipeline
 from fluxkontext.runtime.errors import InvalidInputError
 from fluxkontext.runtime.geometry import Grid
@@ -143,6 +143,31 @@ def test_the_stages_add_up_to_the_call(small_model: Path) -> None:
     assert all(values[0] > 0 for name, values in stages.stages.items() if name != "image_out")
 
 
+def test_marks_are_made_where_the_backend_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the stream of its GPU, which need not be the process's current one."""
+    import torch
+
+    streams = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: str | None = None) -> None:
+            streams.append(stream)
+
+    class Second:
+        name, device, precision = "native", "cuda:1", "bf16"
+
+        def step(self, state: Any, i: int) -> None: ...
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    backend: Any = Second()
+    StageClock(backend).step(None, 0)
+    assert streams == ["stream of cuda:1"] * 2
+
+
 def test_a_known_allocation_is_measured_within_1_percent() -> None:
     now = resident()[0]
     if now is None:
@@ -217,6 +242,17 @@ def test_a_time_is_kept() -> None:
     assert time.perf_counter() - start >= 0.2
     assert sum(taken[:-1]) < 0.2
     assert len(taken) <= 21
+
+
+def test_a_time_is_shared_equally_and_what_one_leaves_is_the_others() -> None:
+    spare = Shared(6.0, 3)
+    given = []
+    for _ in range(3):
+        with spare.share() as seconds:
+            given.append(seconds)
+    assert given == [pytest.approx(share, rel=0.1) for share in (2.0, 3.0, 6.0)]
+    with Shared(None, 2).share() as seconds:
+        assert seconds is None
 
 
 def test_some_limit_has_to_be_there() -> None:
