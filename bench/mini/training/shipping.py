@@ -12,7 +12,11 @@ from .tokenizer_files import TOKENIZER_2_CLASS, write_tokenizers
 
 MAX_BYTES = 20_000_000
 
-_README = """# A miniature Kontext
+_README = """---
+license: apache-2.0
+---
+
+# A miniature Kontext
 
 {parameters:.1f} million parameters, {megabytes:.1f} MB, in the layout of FLUX.1 Kontext [dev].
 It edits the 128 x 128 scenes of `bench/mini` and knows their {words} words; of photographs it knows
