@@ -72,4 +72,4 @@ def refuse_impossible(name: str, flop: float, seconds: float, ceilings: Json, de
 
 def _best(ceilings: Json) -> float:
     """FLOP/s. Of all samples: others' load makes a measured ceiling lower, never higher."""
-    return max(max(found["values"]) for found in ceilings["flops"].values())
+    return max(float(max(found["values"])) for found in ceilings["flops"].values())
