@@ -26,8 +26,8 @@ EXAMPLE = Scene(
     ),
 )
 """``examples/scene.png``."""
-GATE = 30
-"""Of 54. Seeds are fixed: a machine may differ by a picture or two."""
+GATE = 48
+"""Of 54, where 52 were right. Seeds are fixed: a machine may differ by a picture or two."""
 
 
 def picture(path: Path) -> np.ndarray:
