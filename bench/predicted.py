@@ -1,5 +1,7 @@
 """What the memory plan says of a work, to put beside what is measured."""
 
+from collections.abc import Mapping
+
 from ..runtime import KontextPipeline
 from ..runtime.memory_model import Workload
 from ..runtime.plan import Placement, Planner
@@ -22,8 +24,21 @@ def predicted(shapes: ModelShapes, pipe: KontextPipeline, work: Work) -> dict[st
         remembered=0,
     )
     placement = pipe.budget.plan.placement if pipe.budget else Placement(graphs=True)
-    plan = Planner(shapes, pipe.about["precision"]).evaluate(placement, load)
+    plan = _planner(shapes, pipe.about).evaluate(placement, load)
     stages = {_STAGES.get(stage.name, stage.name): stage.total for stage in plan.stages}
     if not work.contexts:
         del stages["vae_encode"]
     return {**stages, "total": plan.peak}
+
+
+def _planner(shapes: ModelShapes, about: Mapping[str, str]) -> Planner:
+    """As the backend of this GPU has it; of any other pipeline, for a GPU that multiplies its
+    precision's numbers."""
+    if about["backend"] != "native" or not about["device"].startswith("cuda"):
+        return Planner(shapes, about["precision"])
+    import torch
+
+    from ..runtime.backends.precision import plain, upcast
+
+    at = torch.device(about["device"])
+    return Planner(shapes, about["precision"], plain=plain(at), upcast=upcast(at))
