@@ -6,7 +6,6 @@ the product; ONNX Runtime's CPU has no FP4, so there a function looks numbers up
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +14,10 @@ import onnx_ir as ir
 from ..kernels.nvfp4 import BLOCK
 from ..runtime.errors import CheckpointError
 from ..runtime.recipes import inputs as inputs_of
-from ..runtime.weights import StoredTensor, WeightIndex, data_offsets
+from ..runtime.weights import StoredTensor, WeightIndex
 from .components import Graph
 from .quantised_functions import DOMAIN, TENSORRT
-from .weights import Places, Rows, external, rows_of
+from .weights import Initialisers, Places, Rows, rows_of
 
 _FLOAT = ir.DataType.FLOAT
 
@@ -38,7 +37,7 @@ def check_exportable(part: str, index: WeightIndex) -> None:
 
 def attach_weights(model: ir.Graph, graph: Graph, flavour: str, places: Places) -> None:
     """Give every initialiser of ``model`` that is a parameter of ``graph`` its value."""
-    writer = _Writer(model, graph, flavour, places)
+    writer = _Writer(model, graph, flavour, Initialisers(model, places))
     for name, rows in rows_of(graph).items():
         if name in model.initializers:
             writer.attach(name, rows)
@@ -49,9 +48,8 @@ class _Writer:
     model: ir.Graph
     graph: Graph
     flavour: str
-    places: Places
+    stored: Initialisers
     quantised: dict[tuple[ir.Value, str], ir.Value] = field(default_factory=dict)
-    offsets: dict[Path, Mapping[str, int]] = field(default_factory=dict)
     parameter: str = ""
     """What is being attached: its nodes are called after it."""
 
@@ -69,7 +67,7 @@ class _Writer:
         if form == "float":
             shape = tuple(value.shape.numpy())
             del self.model.initializers[name]
-            stored = self._stored(rows.tensor, slice(*rows[2:]), shape=shape, name=name)
+            stored = self.stored.add(rows.tensor, slice(*rows[2:]), shape=shape, name=name)
             self._replace(value, self._cast(stored, value.dtype))
             return
         recipe = self.index.recipe
@@ -98,21 +96,21 @@ class _Writer:
 
     def _fp8(self, rows: Rows) -> ir.Value:
         part = slice(rows.start, rows.stop)
-        weight = self._stored(rows.tensor, part)
+        weight = self.stored.add(rows.tensor, part)
         stored = self.index.scales[rows.name]
         single = not stored.shape or stored.shape == (1,)
-        scale = self._stored(stored, None if single else part, shape=() if single else None)
+        scale = self.stored.add(stored, None if single else part, shape=() if single else None)
         return self._node("dequantize", "DequantizeLinear", [weight, scale], {"axis": 0})
 
     def _nvfp4(self, rows: Rows) -> ir.Value:
         part, columns = slice(rows.start, rows.stop), self.index.shape(rows.name)[1]
-        scales = self._stored(self.index.scales[rows.name], part)
+        scales = self.stored.add(self.index.scales[rows.name], part)
         scale = self._scalar(self.index.global_scales[rows.name])
         if self.flavour == "cpu":
-            packed = self._stored(rows.tensor, part)
+            packed = self.stored.add(rows.tensor, part)
             return self._node("dequantize", "Nvfp4Weight", [packed, scales, scale], domain=DOMAIN)
         shape = (rows.stop - rows.start, columns)
-        weight = self._stored(rows.tensor, part, ir.DataType.FLOAT4E2M1, shape)
+        weight = self.stored.add(rows.tensor, part, ir.DataType.FLOAT4E2M1, shape)
         scales = self._node("scales", "DequantizeLinear", [scales, scale])
         blocks = {"axis": -1, "block_size": BLOCK}
         return self._node("dequantize", "DequantizeLinear", [weight, scales], blocks)
@@ -143,23 +141,8 @@ class _Writer:
         wide = self._node("input.dequantize", "DequantizeLinear", [fours, scales], blocks)
         return self._cast(wide, dtype)
 
-    def _stored(
-        self,
-        tensor: StoredTensor,
-        rows: slice | None = None,
-        kind: ir.DataType | None = None,
-        shape: tuple[int, ...] | None = None,
-        name: str | None = None,
-    ) -> ir.Value:
-        """The initialiser that is ``tensor``, or a part of it (:func:`external`)."""
-        file = tensor.file
-        if file not in self.offsets:
-            self.offsets[file] = data_offsets(file)
-        offset = self.offsets[file][tensor.key]
-        return external(self.model, self.places[file], offset, tensor, rows, kind, shape, name)
-
     def _scalar(self, tensor: StoredTensor) -> ir.Value:
-        return self._stored(tensor, shape=())
+        return self.stored.add(tensor, shape=())
 
     def _cast(self, x: ir.Value, wanted: ir.DataType) -> ir.Value:
         if x.dtype == wanted:

@@ -1,13 +1,14 @@
 """A graph's initialisers as ranges of bytes of the checkpoint's own safetensors files."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import onnx_ir as ir
 from torch import nn
 
-from ..runtime.weights import StoredTensor
+from ..runtime.weights import StoredTensor, data_offsets
 from .components import Graph
 from .split import SplitLinear
 
@@ -63,40 +64,52 @@ def _canonical(module: nn.Module, name: str) -> tuple[str, int, int]:
     return f"{parent.removeprefix('network.')}.{leaf}", first, part
 
 
-def external(
-    graph: ir.Graph,
-    place: PurePosixPath,
-    offset: int,
-    tensor: StoredTensor,
-    rows: slice | None = None,
-    kind: ir.DataType | None = None,
-    shape: tuple[int, ...] | None = None,
-    name: str | None = None,
-) -> ir.Value:
-    """An initialiser that is ``tensor``, or ``rows`` of it, where it lies.
+@dataclass
+class Initialisers:
+    """Stored tensors as initialisers of a graph. Where they lie in a file is read once."""
 
-    place: of its file in the bundle; offset: of its first byte in that. kind, shape: what its bytes
-    are read as, where that is not what the file says.
-    """
-    stored = STORED_TYPES[tensor.dtype]
-    row_bytes = round(stored.itemsize)
-    for side in tensor.shape[1:]:
-        row_bytes *= side
-    count = tensor.shape[0] if tensor.shape else 1
-    rows = rows or slice(0, count)
-    whole = rows == slice(0, count)
-    name = name or tensor.key + ("" if whole else f"[{rows.start}:{rows.stop}]")
-    if name in graph.initializers:
-        return graph.initializers[name]
-    own = (rows.stop - rows.start, *tensor.shape[1:]) if tensor.shape else ()
-    data = ir.ExternalTensor(
-        str(place),
-        offset + rows.start * row_bytes,
-        (rows.stop - rows.start) * row_bytes,
-        kind or stored,
-        shape=ir.Shape(shape or own),
-        name=name,
-    )
-    value = ir.Value(name=name, shape=data.shape, type=ir.TensorType(data.dtype), const_value=data)
-    graph.register_initializer(value)
-    return value
+    graph: ir.Graph
+    places: Places
+    _offsets: dict[Path, Mapping[str, int]] = field(default_factory=dict)
+
+    def add(
+        self,
+        tensor: StoredTensor,
+        rows: slice | None = None,
+        kind: ir.DataType | None = None,
+        shape: tuple[int, ...] | None = None,
+        name: str | None = None,
+    ) -> ir.Value:
+        """An initialiser that is ``tensor``, or ``rows`` of it, where it lies.
+
+        kind, shape: what its bytes are read as, where that is not what the file says.
+        """
+        stored = STORED_TYPES[tensor.dtype]
+        row_bytes = round(stored.itemsize)
+        for side in tensor.shape[1:]:
+            row_bytes *= side
+        count = tensor.shape[0] if tensor.shape else 1
+        rows = rows or slice(0, count)
+        whole = rows == slice(0, count)
+        name = name or tensor.key + ("" if whole else f"[{rows.start}:{rows.stop}]")
+        if name in self.graph.initializers:
+            return self.graph.initializers[name]
+        own = (rows.stop - rows.start, *tensor.shape[1:]) if tensor.shape else ()
+        data = ir.ExternalTensor(
+            str(self.places[tensor.file]),
+            self._offset(tensor) + rows.start * row_bytes,
+            (rows.stop - rows.start) * row_bytes,
+            kind or stored,
+            shape=ir.Shape(shape or own),
+            name=name,
+        )
+        typed = ir.TensorType(data.dtype)
+        value = ir.Value(name=name, shape=data.shape, type=typed, const_value=data)
+        self.graph.register_initializer(value)
+        return value
+
+    def _offset(self, tensor: StoredTensor) -> int:
+        """Of its first byte in its file."""
+        if tensor.file not in self._offsets:
+            self._offsets[tensor.file] = data_offsets(tensor.file)
+        return self._offsets[tensor.file][tensor.key]

@@ -137,8 +137,8 @@ def test_a_fault_ends_the_run_and_loses_nothing_before_it(
 
 @pytest.mark.gpu
 def test_a_second_gpu_is_timed_by_itself() -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
+    if (count := torch.cuda.device_count()) < 2:
+        pytest.skip(f"needs two GPUs: torch.cuda.device_count() is {count}")
     x, at = torch.ones(2**20, device="cuda:1"), set()
 
     def work() -> None:

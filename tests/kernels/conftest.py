@@ -56,5 +56,5 @@ def device() -> torch.device:
 @pytest.fixture
 def _fp8(device: torch.device) -> None:
     """Skip where kernels cannot name the type."""
-    if not chip_of(device).fp8:
-        pytest.skip("no FP8 on this GPU")
+    if not (chip := chip_of(device)).fp8:
+        pytest.skip(f"needs tensor cores for FP8 (sm_89 or newer), which sm_{chip.sm} has not")

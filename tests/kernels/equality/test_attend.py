@@ -70,9 +70,8 @@ def test_apart(case: str) -> None:
 
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("case", ["two streams", "one stream", "some queries"])
+@pytest.mark.usefixtures("_fp8")
 def test_fp8(case: str, dim: int, device: torch.device) -> None:
-    if not chip_of(device).fp8:
-        pytest.skip("no FP8 tensor cores")
     streams, q_rope, rope = cases(dim, device)[case]
     found = attend_fp8(OPS, streams, q_rope, rope)
     expected = attend_fp8_ref(OPS, streams, q_rope, rope)
