@@ -143,8 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         comparisons=comparisons,
         ceilings=ceilings,
     )
-    deliver(found, args, latency_table(found))
-    return 1 if FAILED in (kind for kind, _ in absent.values()) else 0
+    return deliver(found, args, latency_table(found))
 
 
 def _possible(asked: Sequence[str], device: str) -> None:

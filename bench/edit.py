@@ -65,8 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings=[*git_warnings(git), *doubts, *load.warnings()],
             results=rows,
         )
-    deliver(found, args, latency_table(found))
-    return 0
+    return deliver(found, args, latency_table(found))
 
 
 def measured(

@@ -49,8 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for found in _measured(args, device, command):
             if args.out:  # whatever happens next, this much is there
                 write(found, args.out)
-    deliver(found, args, latency_table(found))
-    return 1 if any(doubt["kind"] == FAILED for doubt in found["warnings"]) else 0
+    return deliver(found, args, latency_table(found))
 
 
 def _static(args: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from ..runtime.commands.parsing import Parser, count
-from .document import Json, write
+from .document import FAILED, Json, write
 from .measure import Effort
 
 
@@ -48,12 +48,14 @@ def effort_of(args: argparse.Namespace) -> Effort:
     return Effort(args.warmup, args.rounds, args.minutes and 60 * args.minutes)
 
 
-def deliver(document: Json, args: argparse.Namespace, table: str) -> None:
-    """Write the document where that was asked for, and print it or a table."""
+def deliver(document: Json, args: argparse.Namespace, table: str) -> int:
+    """Write the document where that was asked for, and print it or a table; returns the exit code,
+    1 where something failed."""
     if args.out:
         write(document, args.out)
         print(f"{args.out}: written", file=sys.stderr)
     print(json.dumps(document) if args.json else table)
+    return 1 if any(doubt["kind"] == FAILED for doubt in document["warnings"]) else 0
 
 
 def several(text: str) -> list[str]:
